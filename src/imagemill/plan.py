@@ -1,0 +1,283 @@
+"""From a task as the user wrote it to a task of which everything is known.
+
+Pure: no file, no clock, no torch. Digests of adapters and input pictures are read by the driver and handed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import Any, Protocol
+
+from imagemill.records import SEMANTICS_VERSION, Lora, PlannedTask, Task, Ticket
+
+FORMATS = {"png": (".png",), "jpg": (".jpg", ".jpeg"), "webp": (".webp",)}
+"""Picture formats and the suffixes of their files; the first is the one we give."""
+
+MAX_PIXELS = 8192 * 8192
+MAX_SEED = 2**63 - 1
+MAX_STEPS = 1000
+MAX_PROMPT = 100_000
+MAX_NAME = 200
+DEFAULT_SEED = 42
+"""The seed of a run that names none; task number i (from 0) then has seed 42 + i."""
+
+OPTIONAL_FIELDS = ("negative_prompt", "guidance_scale", "true_cfg_scale", "images", "loras")
+"""Fields that a family takes or not; a task that names one its family does not take is refused, never run without it."""
+
+
+class Traits(Protocol):
+    """What planning asks of a family, without torch."""
+
+    name: str
+    fields: frozenset[str]
+    multiple: int
+
+    def group(self, task: Task) -> str:
+        """What may share a batch."""
+
+    def cost(self, task: Task) -> float:
+        """Estimated seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """Values for fields that a task leaves open. `seed` is the seed of the first task; later ones count up."""
+
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+    loras: tuple[Lora, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """A model as planning sees it: its name in the run, its revision, its family and its own defaults."""
+
+    name: str
+    revision: str
+    family: Traits
+    defaults: Defaults
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One reason why a row cannot be run, and which field it is in."""
+
+    field: str
+    message: str
+
+
+def resolve(task: Task, index: int, run: Defaults, model: PlannedModel, picture_format: str) -> Task:
+    """The task with every open field filled: from the task, else the run, else the model.
+
+    `index` is the place of the task in its source, from 0: a task without a seed gets the run's seed plus its index,
+    so that rows differ and a row's picture does not depend on the rows around it.
+    """
+
+    def first(name: str) -> Any:
+        for place in (task, run, model.defaults):
+            value = getattr(place, name)
+            if value is not None:
+                return value
+        return None
+
+    seed = task.seed if task.seed is not None else (run.seed if run.seed is not None else DEFAULT_SEED) + index
+    takes = model.family.fields
+    return replace(
+        task,
+        model=model.name,
+        width=first("width"),
+        height=first("height"),
+        steps=first("steps"),
+        guidance_scale=first("guidance_scale") if "guidance_scale" in takes else task.guidance_scale,
+        true_cfg_scale=first("true_cfg_scale") if "true_cfg_scale" in takes else task.true_cfg_scale,
+        negative_prompt=first("negative_prompt") if "negative_prompt" in takes else task.negative_prompt,
+        seed=seed,
+        loras=task.loras or run.loras,
+        output_path=output_path(task, picture_format),
+    )
+
+
+def expand(task: Task) -> tuple[Task, ...]:
+    """One task a picture: `num_images` of n gives ids `ID_1` … `ID_n`, seeds counting up, paths numbered alike."""
+    if task.num_images == 1:
+        return (task,)
+    place = PurePosixPath(task.output_path or "")
+    return tuple(
+        replace(
+            task,
+            id=f"{task.id}_{number}",
+            seed=(task.seed or 0) + number - 1,
+            output_path=str(place.with_name(f"{place.stem}_{number}{place.suffix}")),
+            num_images=1,
+        )
+        for number in range(1, task.num_images + 1)
+    )
+
+
+def output_path(task: Task, picture_format: str) -> str:
+    """Where the picture goes, relative to the output folder: as the task says, else by its id."""
+    if task.output_path:
+        return task.output_path if PurePosixPath(task.output_path).suffix else task.output_path + FORMATS[picture_format][0]
+    return file_stem(task.id) + FORMATS[picture_format][0]
+
+
+def file_stem(name: str) -> str:
+    """A file name that any system takes: letters, digits, `.`, `-` and `_` stay, all else becomes `_`.
+
+    A name that had to change, or that is longer than 120 bytes, gets a short hash, so that two names never meet.
+    """
+    stem = re.sub(r"[^\w.-]", "_", name).lstrip(".-")
+    while len(stem.encode()) > 120:
+        stem = stem[:-1]
+    if stem != name:
+        stem = f"{stem}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+    return stem
+
+
+def problems(task: Task, family: Traits) -> list[Problem]:
+    """Everything that is wrong with a resolved task; an empty list means that it can be run."""
+    found = [*_text_problems(task), *_number_problems(task, family), *_path_problems(task.output_path or "")]
+    for name in OPTIONAL_FIELDS:
+        if getattr(task, name) not in (None, ()) and name not in family.fields:
+            found.append(Problem(name, f"the model {task.model!r} (family {family.name}) does not take it; remove it"))
+    if task.images == () and "images" in family.fields and "prompt_only" not in family.fields:
+        found.append(Problem("images", f"the model {task.model!r} edits pictures; name at least one"))
+    return found
+
+
+def _text_problems(task: Task) -> list[Problem]:
+    found = []
+    for name in ("id", "prompt", "negative_prompt"):
+        text = getattr(task, name) or ""
+        if "\0" in text:
+            found.append(Problem(name, "contains a NUL character; remove it"))
+        if not _is_unicode(text):
+            found.append(Problem(name, "contains half of a surrogate pair, which no file can hold; remove it"))
+        limit = MAX_NAME if name == "id" else MAX_PROMPT
+        if len(text) > limit:
+            found.append(Problem(name, f"has {len(text):,} characters; at most {limit:,} are taken"))
+    if not task.prompt.strip():
+        found.append(Problem("prompt", "is empty; write one"))
+    if not task.id.strip():
+        found.append(Problem("id", "is empty; name the task or drop the column"))
+    return found
+
+
+def _number_problems(task: Task, family: Traits) -> list[Problem]:
+    found = []
+    for name in ("width", "height"):
+        size = getattr(task, name)
+        if size is None:
+            found.append(Problem(name, "is not known: neither task, run nor model names it; give --size WxH"))
+        elif size < family.multiple or size % family.multiple:
+            lower = max(family.multiple, size - size % family.multiple)
+            found.append(Problem(name, f"is {size}; {family.name} takes multiples of {family.multiple}, such as {lower}"))
+    if task.width and task.height and task.width * task.height > MAX_PIXELS:
+        found.append(Problem("width", f"{task.width}x{task.height} is over the limit of {MAX_PIXELS:,} pixels"))
+    if task.steps is None:
+        found.append(Problem("steps", "is not known: neither task, run nor model names it; give --steps"))
+    elif not 1 <= task.steps <= MAX_STEPS:
+        found.append(Problem("steps", f"is {task.steps}; 1 to {MAX_STEPS} are taken"))
+    if task.seed is not None and not 0 <= task.seed <= MAX_SEED:
+        found.append(Problem("seed", f"is {task.seed}; 0 to 2**63-1 are taken"))
+    if not 1 <= task.num_images <= 10_000:
+        found.append(Problem("num_images", f"is {task.num_images}; 1 to 10000 are taken"))
+    for name in ("guidance_scale", "true_cfg_scale"):
+        scale = getattr(task, name)
+        if scale is not None and not 0 <= scale <= 1000:
+            found.append(Problem(name, f"is {scale}; 0 to 1000 are taken"))
+    for number, lora in enumerate(task.loras):
+        if not -100 <= lora.strength <= 100:
+            found.append(Problem(f"loras[{number}].strength", f"is {lora.strength}; -100 to 100 are taken"))
+    return found
+
+
+def _path_problems(path: str) -> list[Problem]:
+    place = PurePosixPath(path)
+    suffixes = [suffix for known in FORMATS.values() for suffix in known]
+
+    def refuse(message: str) -> list[Problem]:
+        return [Problem("output_path", f"{path!r} {message}")]
+
+    if "\0" in path or not _is_unicode(path):
+        return refuse("contains a character no file name can hold; remove it")
+    if place.is_absolute() or re.match(r"[A-Za-z]:", path):
+        return refuse("is absolute; give it relative to the output folder")
+    if "\\" in path:
+        return refuse("contains a backslash; write / between folders")
+    if ".." in place.parts:
+        return refuse("leaves the output folder; remove the '..'")
+    if any(len(part.encode()) > 255 for part in place.parts):
+        return refuse("has a part longer than 255 bytes; shorten it")
+    if any(part.startswith(".imagemill") for part in place.parts):
+        return refuse("starts with .imagemill, which is reserved; choose another name")
+    if place.suffix.lower() not in suffixes:
+        return refuse(f"is no picture's name; end it with one of {' '.join(suffixes)}")
+    return []
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not re.search(r"[\ud800-\udfff]", text)
+
+
+def planned(task: Task, seq: int, model: PlannedModel, image_digests: Sequence[str] = ()) -> PlannedTask:
+    """The task with its fingerprint and its ticket. `task` is resolved, expanded and its LoRAs have digests."""
+    ticket = Ticket(seq=seq, needs=needs(task), group=model.family.group(task), cost=model.family.cost(task))
+    return PlannedTask(task, fingerprint(task, model.revision, image_digests), ticket)
+
+
+def needs(task: Task) -> tuple[str, ...]:
+    """What a worker must hold to run the task, dearest first: the model, the set of adapters, the shape."""
+    return (f"model:{task.model}", adapters_need(task.loras), f"shape:{task.width}x{task.height}")
+
+
+def adapters_need(loras: Sequence[Lora]) -> str:
+    """The name of a set of adapters with their strengths; adapters at strength 0 do nothing and are left out."""
+    return "adapters:" + (",".join(f"{lora.digest or lora.path}@{lora.strength!r}" for lora in loras if lora.strength) or "-")
+
+
+def fingerprint(task: Task, revision: str, image_digests: Sequence[str] = ()) -> str:
+    """sha256 in hex over all that determines the picture, and nothing else (not the id, the path, the metadata)."""
+    content = {
+        "semantics": SEMANTICS_VERSION,
+        "model": revision,
+        "prompt": task.prompt,
+        "negative_prompt": task.negative_prompt,
+        "images": list(image_digests),
+        "size": [task.width, task.height],
+        "steps": task.steps,
+        "guidance_scale": _number(task.guidance_scale),
+        "true_cfg_scale": _number(task.true_cfg_scale),
+        "seed": task.seed,
+        "loras": [[lora.digest, float(lora.strength)] for lora in task.loras],
+    }
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The fields in which two tasks (as JSON objects) differ, one line each: `prompt: 'a cat' -> 'a dog'`."""
+    return [
+        f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}"
+        for name in dict.fromkeys([*old, *new])
+        if name not in ("id", "metadata") and old.get(name) != new.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
