@@ -1,0 +1,87 @@
+"""The settings of a run as frozen records. `None` means: the model's own default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from imagemill.config.values import Loras, Schedule, Size, as_gpus, as_schedule, as_tuple
+from imagemill.plan import MAX_SEED, MAX_STEPS
+
+Scale: TypeAlias = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+Seconds: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class DeviceSettings(_Section):
+    """Which devices, and how many workers. `gpu_ids` are the numbers that nvidia-smi shows; `gpus` counts them.
+
+    `workers` is the number of worker processes, `None` for one a device. `isolate` starts a process
+    even for one worker.
+    """
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    gpus: Annotated[int | Literal["auto"], BeforeValidator(as_gpus)] = "auto"
+    gpu_ids: Annotated[tuple[Annotated[int, Field(ge=0, le=4095)], ...], BeforeValidator(as_tuple)] = ()
+    workers: Annotated[int, Field(ge=1, le=4096)] | None = None
+    isolate: bool = False
+
+    @model_validator(mode="after")
+    def _agree(self) -> DeviceSettings:
+        if len(set(self.gpu_ids)) != len(self.gpu_ids):
+            raise ValueError(f"gpu_ids names a GPU twice: {list(self.gpu_ids)}; name each once")
+        if self.gpu_ids and self.gpus != "auto":
+            raise ValueError("gpus and gpu_ids are both given; keep one of them")
+        if self.device == "cpu" and (self.gpu_ids or self.gpus != "auto"):
+            raise ValueError("GPUs are named though device is cpu; remove one of them")
+        return self
+
+
+class OutputSettings(_Section):
+    """Where pictures go. `sink: none` keeps no pictures (for timing); `metadata` writes the task into each picture."""
+
+    folder: Annotated[str, Field(min_length=1)] = "out"
+    format: Literal["png", "jpg", "webp"] = "png"
+    sink: Literal["files", "none"] = "files"
+    metadata: bool = True
+
+
+class LimitSettings(_Section):
+    """Bounds of a run. Timeouts are in seconds without a sign of life; `read_ahead` is in tasks of the source."""
+
+    load_timeout: Seconds = 1800.0
+    task_timeout: Seconds = 600.0
+    parallel_loads: Annotated[int, Field(ge=1, le=4096)] = 1
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    read_ahead: Count = 1024
+
+
+class LoggingSettings(_Section):
+    """What is logged and where. `folder: null` is `logs/` inside the output folder."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    folder: Annotated[str, Field(min_length=1)] | None = None
+
+
+class Settings(_Section):
+    """All settings of a run. A model of `None` is the embedded one; `model_fields_set` tells what was given."""
+
+    model: Annotated[str, Field(min_length=1)] | None = None
+    devices: DeviceSettings = DeviceSettings()
+    size: Size | None = None
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    guidance: Scale | None = None
+    true_cfg_scale: Scale | None = None
+    negative_prompt: str | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    loras: Loras = ()
+    schedule: Annotated[Schedule, BeforeValidator(as_schedule)] = Schedule()
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 1
+    output: OutputSettings = OutputSettings()
+    limits: LimitSettings = LimitSettings()
+    logging: LoggingSettings = LoggingSettings()

@@ -1,0 +1,59 @@
+"""The columns that are understood, and which of a source's columns is the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from imagemill.errors import InputError
+
+FIELDS = {
+    "id": "id",
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "images": "images",
+    "image": "images",
+    "model": "model",
+    "width": "width",
+    "height": "height",
+    "size": "size",
+    "steps": "steps",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance_scale",
+    "guidance": "guidance_scale",
+    "true_cfg_scale": "true_cfg_scale",
+    "seed": "seed",
+    "loras": "loras",
+    "lora": "loras",
+    "lora_path": "lora_path",
+    "lora_strength": "lora_strength",
+    "output_path": "output_path",
+    "num_images": "num_images",
+    "metadata": "metadata",
+}
+"""Every column that is understood, and the field it stands for."""
+
+
+def listed(columns: Mapping[str, Any] | Sequence[str], limit: int = 20) -> str:
+    """Column names for a message."""
+    names = [str(name) for name in columns]
+    return (", ".join(names[:limit]) + (", ..." if len(names) > limit else "")) or "none"
+
+
+def prompt_column_of(columns: Mapping[str, Any] | Sequence[str]) -> str:
+    """`prompt`, or the only column that differs from it in case alone."""
+    if "prompt" in columns:
+        return "prompt"
+    alike = [name for name in columns if isinstance(name, str) and name.lower() == "prompt"]
+    return alike[0] if len(alike) == 1 else "prompt"
+
+
+def table_prompt_column(columns: Sequence[str], prompt_column: str | None, place: str) -> str:
+    """The column of a table that holds the prompt. Raises `InputError` when there is none."""
+    name = prompt_column or prompt_column_of(columns)
+    if name in columns:
+        return name
+    hint = f"name one of its columns with --prompt-column: {listed(columns)}"
+    if len(columns) == 1 and ";" in columns[0]:
+        hint = f"its columns seem to be separated by ';', so save it with ',': {columns[0]}"
+    raise InputError(f"{place}: there is no column {name!r}; {hint}")
