@@ -1,0 +1,391 @@
+"""The scheduler: facts in, decisions out. It owns order, retry, deadlines, quarantine and how far a source is read ahead.
+
+It has no clock, thread or file: time is an argument, and the same events give the same commands. That is what lets
+tests, `imagemill plan` and the benchmarks run it under virtual time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+from imagemill.backlog import Backlog, Bucket, Entry
+from imagemill.policies import Board, Lockstep, Policy, Worker, create
+from imagemill.records import (
+    Batch,
+    BatchEnded,
+    Cancel,
+    Command,
+    Dispatch,
+    Drain,
+    Event,
+    Failure,
+    Halt,
+    Kill,
+    Kind,
+    Load,
+    Receipt,
+    Settle,
+    SourceEnded,
+    Spawn,
+    TasksArrived,
+    Tick,
+    Try,
+    WorkerBeat,
+    WorkerLost,
+    WorkerReady,
+)
+from imagemill.retry import backoff, decide
+
+LOSSES_AT_MOST = 10
+"""A worker that was lost this often in a row without one finished task is not started again."""
+LOADS_AT_MOST = 3
+"""A device on which loading failed this often in a row is quarantined."""
+BLAME_AT_MOST = 3
+"""A device is quarantined when this many tasks in a row failed on it and succeeded elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds the scheduler keeps. Times are seconds.
+
+    `task_timeout` is how long a worker may be silent in a batch (it beats at each denoising step), `load_timeout` the
+    same while loading. `batch` maps a first need (the model) to how many tasks may share a batch.
+    """
+
+    load_timeout: float = 1800.0
+    task_timeout: float = 600.0
+    max_attempts: int = 3
+    parallel_loads: int = 1
+    read_ahead: int = 1024
+    batch: Mapping[str, int] = field(default_factory=dict)
+
+
+class Scheduler:
+    """Decides for one run. `workers` maps numbers to the names of their devices.
+
+    `crew` are workers of an earlier run that go on as they are. `on(event, now)` takes a fact and returns what to do. A task is settled exactly once; a worker has one batch at a
+    time; after `Halt` nothing follows.
+    """
+
+    def __init__(
+        self,
+        workers: Mapping[int, str],
+        policy: str = "dynamic",
+        lead: int = 1,
+        limits: Limits | None = None,
+        crew: Mapping[int, Worker] | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.policy: Policy = create(policy, lead, list(workers))
+        self.board = Board(
+            workers={number: _fresh(number, device, (crew or {}).get(number)) for number, device in workers.items()},
+            backlog=Backlog(),
+            batch_limit=self._batch_limit,
+            patience=self.limits.read_ahead,
+        )
+        self._arrived = 0
+        self._unsettled: OrderedDict[int, Entry] = OrderedDict()
+        self._oom_limits: dict[Bucket, int] = {}
+        self._batches = 0
+        self._draining = False
+        self._started = False
+        self._halted = False
+        self._last_loss = ""
+        self._clock: float | None = None
+
+    # --- what others ask --------------------------------------------------------------------------------------------
+
+    @property
+    def halted(self) -> bool:
+        """Whether `Halt` was given."""
+        return self._halted
+
+    @property
+    def rounds_done(self) -> int:
+        """Rounds of lockstep that have ended."""
+        if not isinstance(self.policy, Lockstep):
+            return 0
+        return self.policy.rounds - bool(self.board.in_flight or self.board.backlog.retry_times())
+
+    def wanted(self) -> int:
+        """How many more tasks to read from the source now.
+
+        The waiting ones are bounded by `read_ahead`; what is settled but held back because an earlier task is not,
+        by four times that.
+        """
+        if self._halted or self._draining or self.board.source_ended:
+            return 0
+        oldest = next(iter(self._unsettled.values()), None)
+        held_back = self._arrived - oldest.ordinal if oldest else 0
+        ahead = self.limits.read_ahead
+        return max(0, min(ahead - len(self.board.backlog), 4 * ahead - held_back))
+
+    def wake_at(self) -> float | None:
+        """When time alone will change something; None if only an event can. What was due is decided already."""
+        moments = [
+            worker.deadline if worker.state in ("loading", "busy") else worker.not_before
+            for worker in self.board.workers.values()
+            if worker.state in ("loading", "busy", "absent")
+        ]
+        moments += self.board.backlog.retry_times()
+        clock = self._clock or 0.0
+        return min((moment for moment in moments if clock < moment < float("inf")), default=None)
+
+    # --- events -----------------------------------------------------------------------------------------------------
+
+    def on(self, event: Event, now: float) -> list[Command]:
+        """Take a fact, return decisions. `now` is monotonic seconds and never goes back."""
+        if self._halted:
+            return []
+        self._account(now)
+        commands: list[Command] = []
+        match event:
+            case TasksArrived(tickets):
+                entries = [Entry(ticket, self._arrived + place) for place, ticket in enumerate(tickets)]
+                self._arrived += len(entries)
+                for entry in entries:
+                    self._unsettled[entry.ticket.seq] = entry
+                    self.board.backlog.add(entry)
+                self.policy.arrived(entries)
+            case SourceEnded():
+                self.board.source_ended = True
+            case WorkerReady(number, resident):
+                self._on_ready(self.board.workers[number], resident)
+            case WorkerBeat(number):
+                self._extend(self.board.workers[number], now)
+            case BatchEnded():
+                commands += self._on_batch_ended(event, now)
+            case WorkerLost():
+                commands += self._on_lost(event, now)
+            case Tick():
+                commands += self._overdue(now)
+            case Drain():
+                self._draining = True
+            case Cancel():
+                return [*commands, *self._cancel()]
+        return [*commands, *self._advance(now)]
+
+    def _on_ready(self, worker: Worker, resident: frozenset[str]) -> None:
+        if worker.state == "loading":
+            worker.state, worker.resident, worker.failed_loads = "idle", resident, 0
+            live = [other.completed for other in self.board.workers.values() if other.live and other is not worker]
+            worker.completed = min(live, default=0)
+
+    def _extend(self, worker: Worker, now: float) -> None:
+        if worker.state == "busy":
+            worker.deadline = now + self.limits.task_timeout
+        elif worker.state == "loading":
+            worker.deadline = now + self.limits.load_timeout
+
+    def _on_batch_ended(self, event: BatchEnded, now: float) -> list[Command]:
+        worker = self.board.workers[event.worker]
+        batch = worker.batch
+        if batch is None or batch.id != event.batch or worker.state != "busy":
+            return []
+        worker.batch, worker.state, worker.resident = None, "idle", event.resident
+        worker.completed += len(batch.tickets)
+        receipts = {receipt.seq: receipt for receipt in event.receipts}
+        failures = {failure.seq: failure for failure in event.failures}
+        commands: list[Command] = []
+        for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True):
+            entry = self.board.in_flight.pop(ticket.seq)
+            receipt = receipts.get(ticket.seq)
+            if receipt is not None and receipt.attempt == attempt:
+                commands += self._done(worker, entry, receipt)
+                continue
+            failure = failures.get(ticket.seq) or Failure(ticket.seq, attempt, "transient", "the worker gave no result")
+            commands += self._failed(worker, entry, failure, len(batch.tickets), now)
+        if any(failure.kind == "worker_lost" for failure in failures.values()):
+            commands.append(self._kill(worker, "its device context is poisoned"))
+        return commands
+
+    def _done(self, worker: Worker, entry: Entry, receipt: Receipt) -> list[Command]:
+        worker.losses = worker.blame = 0
+        commands: list[Command] = []
+        for number in {one.worker for one in entry.tries} - {worker.id}:
+            other = self.board.workers[number]
+            other.blame += 1
+            if other.blame >= BLAME_AT_MOST and other.usable:
+                commands += self._quarantine(other, f"{other.blame} tasks in a row failed here and succeeded elsewhere")
+        del self._unsettled[entry.ticket.seq]
+        return [*commands, Settle(entry.ticket.seq, entry.attempt, worker.id, receipt=receipt, tries=tuple(entry.tries))]
+
+    def _failed(self, worker: Worker, entry: Entry, failure: Failure, size: int, now: float) -> list[Command]:
+        attempt = Try(entry.attempt, worker.id, failure.kind, failure.message, size)
+        entry.tries.append(attempt)
+        decision = decide(entry.tries, self.limits.max_attempts)
+        if decision.action == "give_up":
+            del self._unsettled[entry.ticket.seq]
+            return [Settle(entry.ticket.seq, len(entry.tries), worker.id, failure=failure, tries=tuple(entry.tries))]
+        if decision.action == "split":
+            self._oom_limits[entry.bucket] = min(self._batch_limit(entry), max(1, size // 2))
+        else:
+            entry.alone = True
+            entry.not_before = now + decision.delay if decision.delay else 0.0
+            if decision.action == "elsewhere":
+                entry.avoid.add(worker.id)
+        self.board.backlog.add(entry)
+        if not entry.alone:
+            self.policy.arrived([entry])
+        return []
+
+    def _on_lost(self, event: WorkerLost, now: float) -> list[Command]:
+        worker = self.board.workers[event.worker]
+        if worker.state in ("absent", "quarantined") and worker.batch is None:
+            return []
+        loading, batch = worker.state in ("waiting", "loading"), worker.batch
+        kind: Kind = "timeout" if worker.ending.startswith("silent") else event.kind
+        message = f"worker {worker.id} ({worker.device}): {worker.ending or event.message or 'it died'}"
+        self._last_loss = message
+        worker.batch, worker.resident, worker.ending = None, frozenset(), ""
+        worker.losses += 1
+        worker.failed_loads += loading
+        if worker.state != "quarantined":
+            worker.state = "absent"
+            worker.not_before = now + backoff(worker.losses, first=0.5 if worker.losses == 1 else 1.0)
+        commands: list[Command] = []
+        for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True) if batch else ():
+            entry = self.board.in_flight.pop(ticket.seq)
+            commands += self._failed(worker, entry, Failure(ticket.seq, attempt, kind, message), len(batch.tickets), now)
+        if loading and event.kind == "bad_model":
+            return [*commands, *self._halt("bad_model", event.message)]
+        if worker.losses >= LOSSES_AT_MOST or worker.failed_loads >= LOADS_AT_MOST:
+            commands += self._quarantine(worker, message)
+        return commands
+
+    def _overdue(self, now: float) -> list[Command]:
+        late = [w for w in self.board.workers.values() if w.state in ("loading", "busy") and now >= w.deadline]
+        return [
+            self._kill(
+                worker,
+                f"silent for {self.limits.load_timeout if worker.state == 'loading' else self.limits.task_timeout:g} s",
+            )
+            for worker in late
+        ]
+
+    def _kill(self, worker: Worker, reason: str) -> Kill:
+        worker.ending = reason
+        # A worker lost while loading counts as a failed load, so it keeps that state until its end is known.
+        worker.state = "loading" if worker.state == "loading" else "ending"
+        worker.deadline = float("inf")
+        return Kill(worker.id, reason)
+
+    def _quarantine(self, worker: Worker, reason: str) -> list[Command]:
+        if not any(other.usable for other in self.board.workers.values() if other is not worker) and worker.live:
+            return []
+        process = worker.state not in ("absent", "quarantined")
+        worker.state, worker.ending = "quarantined", reason
+        self._last_loss = f"worker {worker.id} ({worker.device}) is out: {reason}"
+        return [Kill(worker.id, reason)] if process else []
+
+    def _cancel(self) -> list[Command]:
+        present = [worker for worker in self.board.workers.values() if worker.state not in ("absent", "quarantined")]
+        return [*(Kill(worker.id, "the run was stopped") for worker in present), *self._halt("cancelled", "")]
+
+    def _halt(self, reason: str, message: str) -> list[Command]:
+        self._halted = True
+        return [Halt(reason, message)]  # type: ignore[arg-type]
+
+    # --- decisions --------------------------------------------------------------------------------------------------
+
+    def _advance(self, now: float) -> list[Command]:
+        if self._halted:
+            return []
+        board = self.board
+        if self._draining:
+            return [] if board.in_flight else self._halt("drained", "")
+        if board.source_ended and not self._unsettled:
+            return self._halt("done", "")
+        if not any(worker.usable for worker in board.workers.values()):
+            return [] if board.in_flight else self._halt("no_workers", self._last_loss)
+        return [*self._staff(now), *self._assign(now)]
+
+    def _staff(self, now: float) -> list[Command]:
+        """Start the processes that are missing, never more than tasks have come; `parallel_loads` load at a time."""
+        commands: list[Command] = []
+        workers = self.board.workers.values()
+        if len(self.board.backlog):
+            for worker in islice(workers, self._arrived):
+                if worker.state == "absent" and worker.not_before <= now:
+                    worker.state = "waiting"
+                    commands.append(Spawn(worker.id))
+        loading = sum(worker.state == "loading" for worker in workers)
+        for worker in workers:
+            if worker.state == "waiting" and loading < self.limits.parallel_loads:
+                loading += 1
+                worker.state, worker.deadline = "loading", now + self.limits.load_timeout
+                commands.append(Load(worker.id))
+        return commands
+
+    def _assign(self, now: float) -> list[Command]:
+        if not self._ready_to_start():
+            return []
+        commands: list[Command] = []
+        for worker in self.board.idle():
+            if not len(self.board.backlog):
+                break
+            if not self.policy.may(worker, self.board):
+                continue
+            retry = next((e for e in self.board.backlog.retries(now) if self._takes(worker, e)), None)
+            entries = [retry] if retry else self.policy.choose(worker, self.board)
+            if entries:
+                commands.append(self._dispatch(worker, entries, now))
+        return commands
+
+    def _ready_to_start(self) -> bool:
+        if self._started or not self.policy.common_start:
+            return True
+        pending = any(w.state in ("waiting", "loading") and w.losses == 0 for w in self.board.workers.values())
+        self._started = not pending
+        return self._started
+
+    def _takes(self, worker: Worker, entry: Entry) -> bool:
+        """A worker that a task has failed on gets it again only if no other worker could."""
+        if worker.id not in entry.avoid:
+            return True
+        others = (other for other in self.board.workers.values() if other.id not in entry.avoid)
+        return not any(
+            other.state in ("waiting", "loading", "busy", "absent", "ending")
+            or (other.state == "idle" and self.policy.may(other, self.board))
+            for other in others
+        )
+
+    def _dispatch(self, worker: Worker, entries: Sequence[Entry], now: float) -> Dispatch:
+        for entry in entries:
+            self.board.backlog.take(entry)
+            self.board.in_flight[entry.ticket.seq] = entry
+        self._batches += 1
+        batch = Batch(
+            self._batches, tuple(entry.ticket for entry in entries), tuple(entry.attempt for entry in entries)
+        )
+        worker.state, worker.batch, worker.deadline = "busy", batch, now + self.limits.task_timeout
+        return Dispatch(worker.id, batch)
+
+    def _batch_limit(self, entry: Entry) -> int:
+        needs, _ = entry.bucket
+        asked = self.limits.batch.get(needs[0], 1) if needs else 1
+        return min(asked, self._oom_limits.get(entry.bucket, asked))
+
+    def _account(self, now: float) -> None:
+        """Add the time since the last event to the idle seconds of the workers that waited through it.
+
+        It was `held` when there was work that the policy kept from them.
+        """
+        passed, self._clock = now - (self._clock if self._clock is not None else now), now
+        if passed <= 0:
+            return
+        held = self.board.backlog.waiting() > 0 or (isinstance(self.policy, Lockstep) and bool(self.board.in_flight))
+        for worker in self.board.workers.values():
+            if worker.state == "idle":
+                worker.idle += passed
+                worker.held += passed if held else 0.0
+
+
+def _fresh(number: int, device: str, known: Worker | None) -> Worker:
+    """A worker at the start of a run: its state goes on, its counters begin anew."""
+    if known is None:
+        return Worker(number, device)
+    return replace(known, completed=0, idle=0.0, held=0.0, batch=None)
