@@ -1,0 +1,88 @@
+"""The calls of the system that imagemill replaces: `MultiGPUImageGenerator` and its `generate_batch`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from imagemill.engine import Engine, RunOptions
+from imagemill.errors import InputError
+
+
+class MultiGPUImageGenerator:
+    """Makes pictures for lists of dicts on several GPUs; the workers stay loaded until the block is left.
+
+        with MultiGPUImageGenerator(num_gpus=4) as generator:
+            results = generator.generate_batch([{"prompt": "a red apple", "seed": 1, "output_path": "out/apple.png"}])
+
+    `num_gpus` counts GPUs, `gpu_ids` names them; with neither, every GPU that holds the model is used, and the CPU where
+    there is none. Other keywords are those of `Engine` (`model`, `steps`, `size`, `guidance`, `schedule`, …).
+    Pictures whose dict names no `output_path` go to `output_dir`.
+    """
+
+    def __init__(
+        self,
+        num_gpus: int | None = None,
+        gpu_ids: Sequence[int] | None = None,
+        *,
+        output_dir: str | os.PathLike[str] = "outputs",
+        **settings: Any,
+    ) -> None:
+        self.output_dir = Path(output_dir).absolute()
+        settings.setdefault("log_folder", str(self.output_dir / "logs"))
+        self._engine = Engine(gpus=num_gpus, gpu_ids=gpu_ids, **settings)
+
+    def __enter__(self) -> MultiGPUImageGenerator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every worker process and free all device memory."""
+        self._engine.close()
+
+    def generate_batch(self, tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Make one picture for each dict; returns one dict each, in the same order.
+
+        A task takes `prompt`, `lora_path`, `lora_strength`, `seed`, `output_path` (absolute, or relative to the current
+        folder) and any other field of a task. A result has `task_id`, `success`, `output_path` (None on failure),
+        `elapsed` seconds and `error` (None on success). Files that stand at an output path are replaced.
+        Raises `InputError` when a dict cannot be used; then nothing was started.
+        """
+        if not tasks:
+            return []
+        places = [self._place(task, number) for number, task in enumerate(tasks)]
+        root = Path(os.path.commonpath([place.parent for place in places]))
+        rows = [
+            {**task, "id": str(task.get("task_id", task.get("id", number))), "output_path": place.relative_to(root).as_posix()}
+            for number, (task, place) in enumerate(zip(tasks, places, strict=True))
+        ]
+        for row in rows:
+            row.pop("task_id", None)
+        with tempfile.TemporaryDirectory(prefix="imagemill-") as scratch:
+            options = RunOptions(overwrite=True, ledger=Path(scratch) / "ledger.sqlite")
+            return [
+                {
+                    "task_id": outcome.task.id,
+                    "success": outcome.ok,
+                    "output_path": outcome.path or None,
+                    "elapsed": outcome.elapsed,
+                    "error": None if outcome.ok else f"{outcome.kind}: {outcome.message}",
+                }
+                for outcome in self._engine.run(rows, root, options)
+            ]
+
+    def _place(self, task: Mapping[str, Any], number: int) -> Path:
+        if task.get("num_images", 1) != 1:
+            raise InputError(f"task {number}: num_images: generate_batch gives one result a task; give one dict a picture")
+        given = task.get("output_path")
+        suffix = f".{self._engine.settings.output.format}"
+        if given is None:
+            return self.output_dir / f"{number:06d}{suffix}"
+        place = Path(os.path.abspath(os.path.expanduser(str(given))))
+        return place if place.suffix else place.with_name(place.name + suffix)

@@ -1,0 +1,197 @@
+"""From the rows of a source to the work of a run: resolve, check, fingerprint, stage in the ledger, compare.
+
+Nothing of the output folder changes before `Intake.accept`; a bad row, a changed task or a damaged ledger stops before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+
+from imagemill import plan
+from imagemill.config import Settings
+from imagemill.errors import ChangedTasksError, InputError, TaskFileError
+from imagemill.inputs import Inputs
+from imagemill.ledger import SHOWN, Comparison, Ledger
+from imagemill.models import Model
+from imagemill.plan import Defaults, Problem
+from imagemill.publish import OutputFolder
+from imagemill.records import Task
+from imagemill.sources import Row
+
+
+@dataclass(slots=True)
+class Admission:
+    """What a source gave: how many tasks, which rows were left out and why."""
+
+    tasks: int = 0
+    rows: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    bad_rows: int = 0
+
+
+class Models:
+    """The models of a run, each looked up once."""
+
+    def __init__(self, find: Callable[[str], Model], default: str) -> None:
+        self._find = find
+        self.default = default
+        self._found: dict[str, Model | InputError] = {}
+
+    def get(self, name: str | None) -> Model:
+        """The model of that name, the run's own for None. Raises `InputError`."""
+        name = name or self.default
+        if name not in self._found:
+            try:
+                self._found[name] = self._find(name)
+            except InputError as error:
+                self._found[name] = error
+        found = self._found[name]
+        if isinstance(found, InputError):
+            raise found
+        return found
+
+    def used(self) -> tuple[Model, ...]:
+        """Every model that was found, in the order of first use."""
+        return tuple(found for found in self._found.values() if isinstance(found, Model))
+
+
+class Intake:
+    """Takes rows into the ledger's staging area. `folder` is None for a plan, which holds no output folder.
+
+    `overwrite` lets a new task replace a file that no run of the folder made.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        models: Models,
+        ledger: Ledger,
+        folder: OutputFolder | None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        self.models = models
+        self._overwrite = overwrite
+        self.folder = folder
+        self._ledger = ledger
+        self._inputs = Inputs()
+        self._format = settings.output.format
+        self._keeps_files = settings.output.sink == "files"
+        width, height = settings.size or (None, None)
+        self._defaults = Defaults(
+            width=width,
+            height=height,
+            steps=settings.steps,
+            guidance_scale=settings.guidance,
+            true_cfg_scale=settings.true_cfg_scale,
+            negative_prompt=settings.negative_prompt,
+            seed=settings.seed,
+            loras=settings.loras,
+        )
+
+    def stage(self, rows: Iterable[Row], *, first: int = 0, limit: int | None = None) -> Admission:
+        """Stage every row, up to `limit` tasks' rows; problems are collected, not raised."""
+        self._ledger.begin_staging()
+        admission = Admission()
+        seq = first
+        for row in rows:
+            if limit is not None and admission.rows >= limit:
+                break
+            if row.skipped:
+                admission.skipped.append((row.place, row.skipped))
+                continue
+            admission.rows += 1
+            before = admission.bad_rows
+            found = list(row.problems)
+            if row.task is not None and not found:
+                seq, found = self._stage_task(row.task, row, seq)
+            if found:
+                admission.bad_rows = before + 1
+                lines = [f"{row.place}: {problem.field}: {problem.message}" for problem in found]
+                admission.skipped.append((row.place, "; ".join(f"{one.field}: {one.message}" for one in found)))
+                if len(admission.bad) < SHOWN:
+                    admission.bad += lines[: SHOWN - len(admission.bad)]
+        admission.tasks = seq - first
+        return admission
+
+    def _stage_task(self, task: Task, row: Row, seq: int) -> tuple[int, list[Problem]]:
+        """Stage the one or more pictures of a row; returns the next number and what is wrong."""
+        found: list[Problem] = []
+        with _as_problem(found, "model"):
+            model = self.models.get(task.model)
+        if found:
+            return seq, found
+        task = plan.resolve(task, row.index, self._defaults, model.planned, self._format)
+        task, digests = self._with_digests(task, found)
+        found += plan.problems(task, model.planned.family)
+        if found:
+            return seq, found
+        for one in plan.expand(task):
+            planned = plan.planned(one, seq, model.planned, digests)
+            path = one.output_path or ""
+            if self.folder and not self.folder.holds(path):
+                return seq, [Problem("output_path", f"{path!r} leads out of the output folder through a link; remove the link")]
+            conflict = self._ledger.stage(planned, row.place)
+            if conflict:
+                return seq, [Problem("", conflict)]
+            seq += 1
+        return seq, []
+
+    def _with_digests(self, task: Task, found: list[Problem]) -> tuple[Task, list[str]]:
+        loras = list(task.loras)
+        for number, lora in enumerate(loras):
+            with _as_problem(found, f"loras[{number}].path"):
+                loras[number] = replace(lora, digest=self._inputs.lora(lora.path).digest)
+        digests = []
+        for number, path in enumerate(task.images):
+            with _as_problem(found, f"images[{number}]"):
+                digests.append(self._inputs.image(path))
+        return (replace(task, loras=tuple(loras)) if loras else task), digests
+
+    def check(self, admission: Admission, *, skip_bad: bool, rerun_changed: bool) -> Comparison:
+        """Compare what is staged with the folder. Raises `TaskFileError` or `ChangedTasksError`; then nothing starts."""
+        if admission.bad_rows and not skip_bad:
+            raise TaskFileError(admission.bad, admission.bad_rows, "nothing was started; mend the rows, or leave them out with --skip-bad")
+        if admission.tasks == 0:
+            raise InputError("the source holds no task that could run")
+        comparison = self._ledger.compare()
+        conflicts = self._ledger.conflicts() + self._foreign_files()
+        if conflicts:
+            raise TaskFileError(conflicts[:SHOWN], len(conflicts), "choose another output_path, or give another --out")
+        if comparison.changed and not rerun_changed:
+            raise ChangedTasksError(comparison.differences, comparison.changed)
+        return comparison
+
+    def _foreign_files(self) -> list[str]:
+        """New tasks at whose place a file stands that no run of this folder made: it would be overwritten."""
+        if self.folder is None or self._overwrite or not self._keeps_files:
+            return []
+        return [
+            f"{place}: output_path {path!r}: a file that is no picture of this folder's runs stands there"
+            for place, path in self._ledger.staged_new()
+            if self.folder.occupied(path)
+        ]
+
+    def accept(self, admission: Admission, *, retry: Iterable[str]) -> int:
+        """Make what is staged the work of the ledger's run; returns how many pictures were found damaged."""
+        damaged: list[str] = []
+        if self.folder is not None and self._keeps_files:
+            damaged = list(self.folder.damaged(self._ledger.staged_done()))
+            self.folder.sweep({str(PurePosixPath(path).parent) for path in self._ledger.staged_paths()})
+        for place, reason in admission.skipped:
+            self._ledger.skip(place, reason)
+        self._ledger.apply(retry=tuple(retry), again=damaged)
+        return len(damaged)
+
+
+@contextmanager
+def _as_problem(found: list[Problem], name: str) -> Iterator[None]:
+    """A user's mistake inside the block becomes a problem of the row's field."""
+    try:
+        yield
+    except InputError as error:
+        found.append(Problem(name, str(error)))

@@ -1,0 +1,120 @@
+"""The driver's hand on the output folder: its lock, the rename that makes a picture count, and the look at what is there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from imagemill.errors import FolderInUseError, InputError
+from imagemill.inputs import digest_file
+from imagemill.records import Receipt
+from imagemill.sinks.files import TEMPORARY
+
+LOCK_NAME = ".imagemill.lock"
+
+
+class OutputFolder:
+    """An output folder that this driver holds. Raises `FolderInUseError` when another one does.
+
+    The lock is the kernel's (flock): it ends with the process, however that ends.
+    """
+
+    def __init__(self, path: Path, *, exclusive: bool = True) -> None:
+        self.path = path
+        self._lock = -1
+        self._unsynced: set[Path] = set()
+        self._inside: dict[Path, bool] = {}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._root = path.resolve()
+            if exclusive:
+                self._take_lock()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be used as output folder: {error.strerror}; give another --out") from error
+
+    def _take_lock(self) -> None:
+        lock = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 20).decode(errors="replace").strip()
+            os.close(lock)
+            raise FolderInUseError(
+                f"{self.path}: another run works in this folder (pid {holder or 'unknown'}); wait for it or give another --out"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.write(lock, str(os.getpid()).encode())
+        self._lock = lock
+
+    def close(self) -> None:
+        """Let the folder go."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def holds(self, relative: str) -> bool:
+        """Whether the path stays inside the folder once links are followed."""
+        parent = (self._root / relative).parent
+        if parent not in self._inside:
+            self._inside[parent] = parent.resolve().is_relative_to(self._root)
+        return self._inside[parent]
+
+    def occupied(self, relative: str) -> bool:
+        """Whether something stands at the path."""
+        return os.path.lexists(self._root / relative)
+
+    def publish(self, receipt: Receipt) -> str:
+        """Give a checked picture its name and return its absolute path. It is durable after `sync`."""
+        if not receipt.path:
+            return ""
+        final = self._root / receipt.path
+        os.replace(self._root / receipt.temporary, final)
+        self._unsynced.add(final.parent)
+        return str(final)
+
+    def sync(self) -> None:
+        """Make the renames since the last call survive a power cut."""
+        for folder in self._unsynced:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        self._unsynced.clear()
+
+    def discard(self, relative: str) -> None:
+        """Remove a temporary file that no receipt counts for."""
+        with suppress(FileNotFoundError):
+            (self._root / relative).unlink()
+
+    def damaged(self, pictures: Iterable[tuple[str, str, str]]) -> Iterator[str]:
+        """The ids of pictures (id, path, sha256) that are gone, are no plain file, or have other content."""
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            for name, whole in pool.map(self._is_whole, pictures):
+                if not whole:
+                    yield name
+
+    def _is_whole(self, picture: tuple[str, str, str]) -> tuple[str, bool]:
+        name, path, sha256 = picture
+        if not sha256:
+            return name, True
+        place = self._root / path
+        try:
+            return name, not place.is_symlink() and digest_file(place) == sha256
+        except OSError:
+            return name, False
+
+    def sweep(self, folders: Iterable[str]) -> int:
+        """Remove temporary files that a dead run left in these folders; returns how many."""
+        removed = 0
+        for folder in folders:
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self._root / folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith(TEMPORARY) and entry.name.endswith(".part"):
+                        os.unlink(entry.path)
+                        removed += 1
+        return removed

@@ -1,0 +1,340 @@
+"""One run: feed the scheduler, perform its commands, keep the ledger. The loop of the driver.
+
+Every turn of the loop reads as: feed, hear, decide and perform, commit, hand out.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from imagemill.errors import ImagemillError, OutputError
+from imagemill.executors import Executor
+from imagemill.ledger import Attempt, Ledger
+from imagemill.progress import Progress
+from imagemill.publish import OutputFolder
+from imagemill.records import (
+    Batch,
+    BatchEnded,
+    Cancel,
+    Command,
+    Dispatch,
+    Drain,
+    Event,
+    Halt,
+    Kill,
+    Load,
+    ModelSpec,
+    Outcome,
+    PlannedTask,
+    Settle,
+    SinkSpec,
+    SourceEnded,
+    Spawn,
+    TasksArrived,
+    Tick,
+    WorkerLost,
+    WorkerReady,
+    WorkerSpec,
+    WorkOrder,
+)
+from imagemill.schedule import Scheduler
+from imagemill.sinks.files import temporary_path
+
+log = logging.getLogger("imagemill.driver")
+
+COMMIT_INTERVAL = 0.05
+"""Seconds that ended tasks may wait to be committed together; one fsync of the ledger then serves them all."""
+
+COMMIT_SIZE = 256
+REFRESH = 0.5
+"""Seconds between two looks of the progress display at most."""
+
+DEATH_TIMEOUT = 15.0
+"""Seconds to wait for killed workers at the end of a stopped run."""
+
+
+class Run:
+    """Takes the work of a feed through the workers. Iterate over `outcomes`; `drain` and `cancel` end it early.
+
+    `feed` yields each task with its outcome if an earlier run settled it. Outcomes come out in the feed's order, each
+    after it was committed.
+    """
+
+    def __init__(
+        self,
+        *,
+        feed: Iterator[tuple[PlannedTask, Outcome | None]],
+        scheduler: Scheduler,
+        executor: Executor,
+        specs: Mapping[int, WorkerSpec],
+        models: Mapping[str, ModelSpec],
+        sink: SinkSpec,
+        ledger: Ledger,
+        folder: OutputFolder,
+        progress: Progress,
+        started: float,
+    ) -> None:
+        self.scheduler = scheduler
+        self.halt: Halt | None = None
+        self.error: ImagemillError | None = None
+        self._feed_rows = feed
+        self._executor = executor
+        self._specs = specs
+        self._models = models
+        self._sink = sink
+        self._ledger = ledger
+        self._folder = folder
+        self._progress = progress
+        self._wall = started - time.monotonic()
+        self._started = time.monotonic()
+        self._tasks: dict[int, PlannedTask] = {}
+        self._order: deque[int] = deque()
+        self._ended: dict[int, Outcome] = {}
+        self._uncommitted: list[tuple[str, Settle]] = []
+        self._outcomes: list[Outcome] = []
+        self._attempts: list[Attempt] = []
+        self._committed = self._started
+        self._at_work: dict[int, tuple[Batch, float]] = {}
+        self._loading: dict[int, float] = {}
+        self._requests: deque[Event] = deque()
+        self._switches: list[int] = []
+        self._first_picture: float | None = None
+
+    # --- from outside -----------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """End what is in flight and stop. Safe from any thread and from signal handlers."""
+        self._requests.append(Drain())
+        self._executor.wake()
+
+    def cancel(self) -> None:
+        """Stop at once. Safe from any thread and from signal handlers."""
+        self._requests.append(Cancel())
+        self._executor.wake()
+
+    def stats(self) -> dict[str, Any]:
+        """What the policy cost and what the workers did, for the report."""
+        workers = self.scheduler.board.workers
+        return {
+            "workers": {
+                str(number): {"label": self._specs[number].label, "idle": worker.idle, "held": worker.held}
+                for number, worker in workers.items()
+            },
+            "switches": dict(zip(("model", "adapters", "shape"), self._switches, strict=False)),
+            "rounds": self.scheduler.rounds_done,
+            "first_picture_s": self._first_picture,
+        }
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Run to the end. A consumer that stops early, or any error, stops the workers; what is done stays done."""
+        try:
+            while self.halt is None:
+                self._feed()
+                for event in [*self._asked(), *self._executor.events(self._timeout()), Tick()]:
+                    self._take(event)
+                self._commit(force=self.halt is not None)
+                self._progress.refresh(self.scheduler)
+                yield from self._in_order()
+        finally:
+            if self.halt is None:
+                self._take(Cancel())
+            if self.halt is not None and self.halt.reason == "cancelled":
+                self._bury()
+            self._commit(force=True)
+
+    def _feed(self) -> None:
+        wanted, waiting = self.scheduler.wanted(), len(self.scheduler.board.backlog)
+        if not wanted or (waiting and wanted < self.scheduler.limits.read_ahead // 4):
+            return
+        arrived = []
+        for planned, outcome in self._feed_rows:
+            seq = planned.ticket.seq
+            self._order.append(seq)
+            if outcome is not None:
+                self._ended[seq] = outcome
+                self._progress.settled(outcome)
+                continue
+            self._tasks[seq] = planned
+            arrived.append(planned.ticket)
+            if len(arrived) >= wanted:
+                break
+        if arrived:
+            self._take(TasksArrived(tuple(arrived)))
+        if len(arrived) < wanted:
+            self._take(SourceEnded())
+
+    def _asked(self) -> Iterator[Event]:
+        while self._requests:
+            yield self._requests.popleft()
+
+    def _timeout(self) -> float:
+        if self._requests or self.halt:
+            return 0.0
+        now = time.monotonic()
+        moments = [now + REFRESH, self.scheduler.wake_at() or now + REFRESH]
+        if self._uncommitted:
+            moments.append(self._committed + COMMIT_INTERVAL)
+        return max(0.0, min(moments) - now)
+
+    def _take(self, event: Event) -> None:
+        if self.halt is not None:
+            return
+        now = time.monotonic()
+        self._note(event, now)
+        for command in self.scheduler.on(event, now):
+            self._perform(command, now)
+
+    def _note(self, event: Event, now: float) -> None:
+        """Keep what the ledger tells of attempts and loading, and show it."""
+        self._progress.event(event)
+        match event:
+            case WorkerReady(worker, _, seconds):
+                log.info("worker %d is ready after %.1f s", worker, seconds)
+                self._span(worker, "load", now)
+            case BatchEnded(worker):
+                self._end_attempts(worker, event, now)
+            case WorkerLost(worker, kind, message):
+                log.warning("worker %d is lost (%s): %s", worker, kind, message)
+                self._span(worker, "lost", now, message)
+                self._end_attempts(worker, event, now)
+            case Drain():
+                log.info("asked to end: what is in flight is finished")
+
+    def _span(self, worker: int, what: str, now: float, note: str = "") -> None:
+        self._ledger.span(worker, what, self._wall + self._loading.pop(worker, now), self._wall + now, note)
+
+    def _end_attempts(self, worker: int, event: BatchEnded | WorkerLost, now: float) -> None:
+        batch, started = self._at_work.get(worker, (None, now))
+        if batch is None or (isinstance(event, BatchEnded) and event.batch != batch.id):
+            return
+        del self._at_work[worker]
+        faults = {failure.seq: failure for failure in event.failures} if isinstance(event, BatchEnded) else {}
+        lost = isinstance(event, WorkerLost)
+        for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True):
+            fault = faults.get(ticket.seq)
+            kind = fault.kind if fault else event.kind if isinstance(event, WorkerLost) else None
+            message = fault.message if fault else event.message if isinstance(event, WorkerLost) else ""
+            planned = self._tasks.get(ticket.seq)
+            if planned is None:
+                continue
+            if lost:
+                self._folder.discard(temporary_path(planned, attempt))
+            row = (planned.task.id, attempt, worker, self._wall + started, self._wall + now, kind, message)
+            self._attempts.append(Attempt(*row, len(batch.tickets)))
+        if any(fault.ends_run for fault in faults.values()):
+            self._stop_for(OutputError(next(fault.message for fault in faults.values() if fault.ends_run)))
+
+    # --- commands ---------------------------------------------------------------------------------------------------
+
+    def _perform(self, command: Command, now: float) -> None:
+        match command:
+            case Spawn(worker):
+                self._executor.start([self._specs[worker]])
+            case Load(worker):
+                self._loading[worker] = now
+                self._executor.load(worker)
+            case Dispatch(worker, batch):
+                self._dispatch(worker, batch, now)
+            case Kill(worker, reason):
+                log.warning("worker %d is ended: %s", worker, reason)
+                self._executor.kill(worker)
+            case Settle():
+                self._settle(command)
+            case Halt():
+                self.halt = command
+
+    def _dispatch(self, worker: int, batch: Batch, now: float) -> None:
+        match_ = self.scheduler.board.workers[worker].match(batch.needs)
+        self._switches = self._switches or [0] * len(match_)
+        for place, held in enumerate(match_):
+            self._switches[place] += not held
+        self._at_work[worker] = (batch, now)
+        tasks = tuple(self._tasks[ticket.seq] for ticket in batch.tickets)
+        model = self._models[tasks[0].task.model or ""]
+        self._executor.send(worker, WorkOrder(batch.id, model, self._sink, tasks, batch.attempts))
+        self._progress.dispatched(worker, tasks)
+
+    def _settle(self, settle: Settle) -> None:
+        planned = self._tasks.pop(settle.seq)
+        path = ""
+        if settle.receipt is not None:
+            try:
+                path = self._folder.publish(settle.receipt)
+            except OSError as error:
+                self._stop_for(OutputError(f"the output folder refuses {settle.receipt.path}: {error}"))
+                return
+            if self._first_picture is None:
+                self._first_picture = time.monotonic() - self._started
+        failure = settle.failure
+        if failure is not None:
+            log.warning("task %s failed (%s): %s", planned.task.id, failure.kind, failure.message)
+        self._uncommitted.append((planned.task.id, settle))
+        self._outcomes.append(
+            Outcome(
+                task=planned.task,
+                seq=settle.seq,
+                state="failed" if failure else "done",
+                path=path,
+                kind=failure.kind if failure else None,
+                message=failure.message if failure else "",
+                attempts=settle.attempts,
+                worker=settle.worker,
+                elapsed=sum(settle.receipt.seconds.values()) if settle.receipt else 0.0,
+                receipt=settle.receipt,
+            )
+        )
+
+    def _stop_for(self, error: ImagemillError) -> None:
+        """End the run without settling what is open: the same command goes on once the cause is mended."""
+        if self.error is None:
+            log.error("the run ends: %s", error)
+            self.error = error
+            self._requests.append(Drain())
+
+    # --- what is over -----------------------------------------------------------------------------------------------
+
+    def _commit(self, *, force: bool) -> None:
+        now = time.monotonic()
+        if not (self._uncommitted or (force and self._attempts)):
+            return
+        if not force and now < self._committed + COMMIT_INTERVAL and len(self._uncommitted) < COMMIT_SIZE:
+            return
+        try:
+            self._folder.sync()
+            self._ledger.settle(self._uncommitted, self._attempts, self._wall + now)
+        except (OSError, sqlite3.Error) as error:
+            raise OutputError(f"the output folder cannot be written: {error}") from error
+        for outcome in self._outcomes:
+            self._ended[outcome.seq] = outcome
+            self._progress.settled(outcome)
+        self._uncommitted, self._attempts, self._outcomes = [], [], []
+        self._committed = time.monotonic()
+
+    def _in_order(self) -> Iterator[Outcome]:
+        while self._order and self._order[0] in self._ended:
+            yield self._ended.pop(self._order.popleft())
+
+    def _bury(self) -> None:
+        """After a stop: wait until the killed workers are gone, then remove what they left half-written."""
+        deadline = time.monotonic() + DEATH_TIMEOUT
+        crew = self.scheduler.board.workers
+        leaving = {number for number, worker in crew.items() if worker.state not in ("absent", "quarantined")}
+        while leaving and time.monotonic() < deadline:
+            for event in self._executor.events(max(0.0, deadline - time.monotonic())):
+                if isinstance(event, WorkerLost):
+                    leaving.discard(event.worker)
+        for worker, (batch, _) in self._at_work.items():
+            if worker not in leaving:
+                for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True):
+                    if ticket.seq in self._tasks:
+                        self._folder.discard(temporary_path(self._tasks[ticket.seq], attempt))
+        for number, known in crew.items():
+            if known.state != "quarantined" and number not in leaving:
+                known.state, known.resident, known.batch = "absent", frozenset(), None
