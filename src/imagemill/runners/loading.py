@@ -1,0 +1,172 @@
+"""From a model folder to a pipeline that is complete: safetensors only, no network, no code from the folder.
+
+diffusers and transformers only warn about weights that a folder lacks, and then run with what was never filled. So each
+component is loaded alone, with the loader's own account of what was missing, and a gap refuses the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imagemill.errors import BadModel, Transient, classify
+from imagemill.families import Family, family, family_for
+from imagemill.records import ModelSpec
+from imagemill.runners import Beat
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+USUAL_CALL = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type")
+OTHER_TASKS = ("Edit", "Img2Img", "Inpaint", "ControlNet", "Kontext", "Video", "Upscale")
+"""Words in the names of pipelines that do not make a picture from text alone."""
+
+
+def load(spec: ModelSpec, device: str, beat: Beat) -> tuple[Any, Family]:
+    """The pipeline on the device, in eval mode, and its family; beats once a component.
+
+    Raises `BadModel` when the folder can never load; whatever the device raises when it has no room.
+    """
+    folder = Path(spec.folder)
+    index = read_index(folder)
+    chosen = choose_family(spec, index["_class_name"])
+    dtype = choose_dtype(spec.dtype, device)
+    names = [name for name, entry in index.items() if is_component(name, entry)]
+    parts: dict[str, Any] = {}
+    for step, name in enumerate(names):
+        beat("load", -1, step, len(names))
+        part = load_weights(folder / name, index[name], dtype)
+        if part is not None:
+            parts[name] = part.to(device)
+    pipe = assemble(folder, parts, dtype).to(device)
+    for name, part in pipe.components.items():
+        refuse_gaps(name, part)
+    pipe.set_progress_bar_config(disable=True)
+    beat("load", -1, len(names), len(names))
+    return pipe, chosen
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The folder's `model_index.json`. Raises `BadModel` when it is not there or names no class."""
+    place = folder / "model_index.json"
+    if not folder.is_dir():
+        raise BadModel(f"the model folder {folder} does not exist")
+    try:
+        index = json.loads(place.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise BadModel(f"{folder} is no pipeline folder: it has no model_index.json") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadModel(f"{place} does not read: {error}") from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise BadModel(f"{place} names no pipeline class; pipelines with code of their own are not run")
+    return index
+
+
+def choose_family(spec: ModelSpec, class_name: str) -> Family:
+    """The family that serves the class. Raises `BadModel` for a class unknown to diffusers or that edits pictures."""
+    import diffusers
+
+    kind = getattr(diffusers, class_name, None)
+    if kind is None:
+        raise BadModel(f"diffusers {diffusers.__version__} has no pipeline class {class_name}")
+    chosen = family(spec.family) if spec.family else family_for(class_name)
+    if chosen.pipelines:
+        if class_name not in chosen.pipelines:
+            raise BadModel(f"the family {chosen.name} serves {', '.join(chosen.pipelines)}, not {class_name}")
+        return chosen
+    parameters = inspect.signature(kind.__call__).parameters
+    missing = [name for name in USUAL_CALL if name not in parameters]
+    if missing or chosen.name != "generic" or any(word in class_name for word in OTHER_TASKS):
+        lack = f": its call lacks {', '.join(missing)}" if missing else ""
+        raise BadModel(f"{class_name} is not served; text-to-image pipelines are{lack}")
+    return chosen
+
+
+def choose_dtype(name: str, device: str) -> torch.dtype:
+    """The torch dtype of that name; `auto` is bfloat16 on a GPU and float32 on the CPU."""
+    import torch
+
+    if name == "auto":
+        return torch.float32 if device.startswith("cpu") else torch.bfloat16
+    if name not in DTYPES:
+        raise BadModel(f"dtype {name!r} is not known; use auto or one of {', '.join(DTYPES)}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def is_component(name: str, entry: Any) -> bool:
+    """True for the entries of a model index that name a library and a class."""
+    return not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and None not in entry
+
+
+def load_weights(folder: Path, entry: list[str], dtype: torch.dtype) -> Any:
+    """The component of that folder if it is one with weights, else `None`: the pipeline loads the others.
+
+    Raises `BadModel` for pickled, missing, torn or incomplete weights.
+    """
+    from torch.nn import Module
+
+    library, class_name = entry
+    kind = component_class(library, class_name)
+    if not (isinstance(kind, type) and issubclass(kind, Module)):
+        return None
+    if not any(folder.glob("*.safetensors")):
+        if any(path for pattern in PICKLES for path in folder.glob(pattern)):
+            raise BadModel(f"{folder} has only pickled weights, which can run code; convert them to safetensors")
+        raise BadModel(f"{folder} has no safetensors weights")
+    loader: Any = kind
+    try:
+        part, account = loader.from_pretrained(
+            str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:
+        raise refusal(folder, error) from error
+    if missing := sorted(account["missing_keys"]):
+        raise BadModel(f"{folder} is incomplete; weights missing: {len(missing)}, such as {missing[0]!r}")
+    return part.eval()
+
+
+def component_class(library: str, class_name: str) -> Any:
+    """The class of a component, from diffusers, transformers or a package inside `diffusers.pipelines`."""
+    for place in (library, f"diffusers.pipelines.{library}"):
+        if place.split(".")[0] in ("diffusers", "transformers"):
+            try:
+                return getattr(import_module(place), class_name, None)
+            except ModuleNotFoundError:
+                continue
+    return None
+
+
+def assemble(folder: Path, parts: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The pipeline around the loaded parts; tokenizers, schedulers and the like come from the folder."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(
+            str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, **parts
+        )
+    except Exception as error:
+        raise refusal(folder, error) from error
+
+
+def refusal(folder: Path, error: Exception) -> Exception:
+    """What an error of a loader means: `BadModel`, unless memory, the device or the disk is to blame."""
+    known = classify(error)
+    disk = isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
+    return known if disk or not isinstance(known, Transient) else BadModel(f"{folder} does not load: {known}")
+
+
+def refuse_gaps(name: str, part: Any) -> None:
+    """Raises `BadModel` when a parameter or buffer was left on `meta`, which means that nothing filled it."""
+    from torch.nn import Module
+
+    if isinstance(part, Module):
+        for kind in (part.named_parameters(), part.named_buffers()):
+            for key, tensor in kind:
+                if tensor.is_meta:
+                    raise BadModel(f"the weight {key!r} of {name} was never filled; the folder is incomplete")
