@@ -223,9 +223,10 @@ class Ledger:
         `retry` are kinds of failures to try again, `again` ids whose pictures are gone or altered.
         """
         db, run = self._db, self.run
-        db.executemany("UPDATE tasks SET state = 'pending' WHERE id = ?", ((name,) for name in again))
+        reopen = "UPDATE tasks SET state = 'pending', kind = NULL, message = NULL, receipt = NULL, elapsed = NULL"
+        db.executemany(f"{reopen} WHERE id = ?", ((name,) for name in again))
         db.executemany(
-            "UPDATE tasks SET state = 'pending' WHERE state = 'failed' AND kind = ? AND id IN (SELECT id FROM incoming)",
+            f"{reopen} WHERE state = 'failed' AND kind = ? AND id IN (SELECT id FROM incoming)",
             ((kind,) for kind in retry),
         )
         # A changed task may take the path of another changed one: free all their paths before any is set.
@@ -351,10 +352,13 @@ class Ledger:
 
     def rows(self, query: str, values: Sequence[Any] = ()) -> Iterator[dict[str, Any]]:
         """The rows of a SELECT as dictionaries, one at a time."""
-        cursor = self._db.execute(query, values)
-        names = [column[0] for column in cursor.description]
-        for row in cursor:
-            yield dict(zip(names, row, strict=True))
+        try:
+            cursor = self._db.execute(query, values)
+            names = [column[0] for column in cursor.description]
+            for row in cursor:
+                yield dict(zip(names, row, strict=True))
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(f"{self.path}: the ledger does not read ({error})") from error
 
 
 def _settled_row(name: str, settle: Settle, now: float) -> tuple[Any, ...]:

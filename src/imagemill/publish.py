@@ -87,7 +87,9 @@ class OutputFolder:
         self._unsynced.clear()
 
     def discard(self, relative: str) -> None:
-        """Remove a temporary file that no receipt counts for."""
+        """Remove a temporary file that no receipt counts for, if it is there."""
+        if not relative:
+            return
         with suppress(FileNotFoundError):
             (self._root / relative).unlink()
 

@@ -190,6 +190,10 @@ class Run:
         self._note(event, now)
         for command in self.scheduler.on(event, now):
             self._perform(command, now)
+        if isinstance(event, BatchEnded):
+            for receipt in event.receipts:
+                # What was published has its own name by now; the rest came too late to count.
+                self._folder.discard(receipt.temporary)
 
     def _note(self, event: Event, now: float) -> None:
         """Keep what the ledger tells of attempts and loading, and show it."""

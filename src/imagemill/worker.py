@@ -59,26 +59,41 @@ class Worker:
         self._runner: Runner | None = None
         self._loaded: ModelSpec | None = None
         self._last_beat = 0.0
+        self._peak = 0
         self._sinks: dict[SinkSpec, sinks.Sink] = {}
 
+    def prepare(self) -> bool:
+        """Import what the model needs; all workers do this at once, loading comes later and one after another.
+
+        A failure, here and in `load`, is told as `WorkerLost`; False means that this worker is over.
+        """
+        try:
+            runners.create(self.spec.model.runner, self.spec.device, self.spec.threads).prepare(self.spec.model)
+        except Exception as error:
+            return self._give_up(error)
+        return True
+
     def load(self) -> bool:
-        """Load the first model and say so. A failure is told as `WorkerLost`; False means that this worker is over."""
+        """Load the first model and say so."""
         started = time.monotonic()
         try:
             runner = self._host(self.spec.model)
         except Exception as error:
-            log.exception("loading failed")
-            fault = classify(error)
-            self._emit(WorkerLost(self.spec.worker, fault.kind, str(fault)))
-            return False
+            return self._give_up(error)
         seconds = time.monotonic() - started
         log.info("loaded %s in %.1f s", self.spec.model.name, seconds)
         self._emit(WorkerReady(self.spec.worker, runner.resident, seconds, runner.memory()[0]))
         return True
 
+    def _give_up(self, error: Exception) -> bool:
+        log.error("loading failed", exc_info=error)
+        fault = classify(error)
+        self._emit(WorkerLost(self.spec.worker, fault.kind, str(fault)))
+        return False
+
     def work(self, order: WorkOrder) -> None:
         """Run a batch; every task of it comes back as a receipt or a failure in one `BatchEnded`."""
-        started = time.monotonic()
+        started, self._peak = time.monotonic(), 0
         attempts = {planned.ticket.seq: attempt for planned, attempt in zip(order.tasks, order.attempts, strict=True)}
         waiting = {planned.ticket.seq: planned for planned in order.tasks}
         receipts: list[Receipt] = []
@@ -129,9 +144,16 @@ class Worker:
             now = time.monotonic()
             if now - self._last_beat >= BEAT_INTERVAL:
                 self._last_beat = now
-                self._emit(WorkerBeat(self.spec.worker, seq, step, steps, stage, runner.memory()[0]))
+                known = seq if seq >= 0 else None
+                self._emit(WorkerBeat(self.spec.worker, known, step, steps, stage, self._memory(runner)))
 
         return beat
+
+    def _memory(self, runner: Runner) -> int:
+        """Bytes in use now; keeps the peak of the batch, which every reading resets on the device."""
+        now, peak = runner.memory()
+        self._peak = max(self._peak, peak)
+        return now
 
     def _keep(
         self, result: Result, planned: PlannedTask, attempt: int, runner: Runner, sink: sinks.Sink
@@ -144,6 +166,7 @@ class Worker:
         if image.size != (task.width, task.height):
             raise BadOutput(f"the picture has {image.size[0]}x{image.size[1]} pixels, not {task.width}x{task.height}")
         started = time.monotonic()
+        self._memory(runner)
         facts = {"batch_size": result.batch_size, "imagemill": __version__, "semantics": SEMANTICS_VERSION}
         try:
             stored = sink.store(image, planned, attempt, facts)
@@ -161,7 +184,7 @@ class Worker:
             batch_size=result.batch_size,
             seconds={**result.seconds, "save": time.monotonic() - started},
             flags=picture.flags(image),
-            peak_memory=runner.memory()[1],
+            peak_memory=self._peak,
         )
 
 
@@ -198,6 +221,8 @@ def serve(spec: WorkerSpec, inbox: queue.SimpleQueue[Any], emit: Callable[[Event
     """Take messages until `Leave`."""
     log.info("worker %d on %s (%s), pid %d", spec.worker, spec.label, spec.device, os.getpid())
     worker = Worker(spec, emit, lambda: None)
+    if not worker.prepare():
+        return
     while True:
         match inbox.get():
             case wire.LoadModel():

@@ -59,6 +59,8 @@ class InlineExecutor:
         log.info("worker %d on %s (%s), inside this process", spec.worker, spec.label, spec.device)
         reason = ""
         try:
+            if not worker.prepare():
+                return
             while not stop.is_set():
                 match inbox.get():
                     case wire.LoadModel():

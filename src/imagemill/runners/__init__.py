@@ -39,6 +39,9 @@ class Result:
 class Runner(Protocol):
     """Hosts one model on one device. Built by `create(device, threads)`; used by one thread."""
 
+    def prepare(self, spec: ModelSpec) -> None:
+        """Import what loading the model will need; touches no device. Raises `BadModel` as `load` does."""
+
     def load(self, spec: ModelSpec, beat: Beat) -> None:
         """Load the model. Raises `BadModel` when the folder can never load, other errors otherwise."""
 

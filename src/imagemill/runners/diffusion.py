@@ -43,6 +43,12 @@ class DiffusionRunner:
         self._need = adapters_need(())
         self._shape = ""
 
+    def prepare(self, spec: ModelSpec) -> None:
+        """Import torch, diffusers and the classes of the model's components."""
+        from imagemill.runners import loading
+
+        loading.import_classes(spec)
+
     def load(self, spec: ModelSpec, beat: Beat) -> None:
         """Load the model; beats with the stage `load` and seq -1. Raises `BadModel` when the folder can never load."""
         import torch

@@ -61,6 +61,9 @@ class FakeRunner:
         self._adapters = adapters_need(())
         self._shape = ""
 
+    def prepare(self, spec: ModelSpec) -> None:
+        """Nothing to import."""
+
     def load(self, spec: ModelSpec, beat: Beat) -> None:
         """Pretend to load; `IMAGEMILL_FAKE_LOAD` scripts how that goes."""
         script = json.loads(os.environ.get(LOAD_VARIABLE) or "{}")

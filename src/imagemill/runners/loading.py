@@ -51,6 +51,15 @@ def load(spec: ModelSpec, device: str, beat: Beat) -> tuple[Any, Family]:
     return pipe, chosen
 
 
+def import_classes(spec: ModelSpec) -> None:
+    """Import the pipeline's class and those of its components: most of the seconds of a first load."""
+    index = read_index(Path(spec.folder))
+    choose_family(spec, index["_class_name"])
+    for name, entry in index.items():
+        if is_component(name, entry):
+            component_class(*entry)
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """The folder's `model_index.json`. Raises `BadModel` when it is not there or names no class."""
     place = folder / "model_index.json"

@@ -1,0 +1,297 @@
+"""Which model a name means: a known name, a folder in diffusers format, or a repository of the Hugging Face hub.
+
+Looks on the disk first and downloads only what a pipeline reads. Imports no torch; `huggingface_hub` is imported only
+when a repository is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from imagemill.errors import InputError
+from imagemill.families import Family, family, family_for
+from imagemill.plan import Defaults, PlannedModel
+from imagemill.records import ModelSpec
+
+GIB = 2**30
+ASSETS = Path(__file__).parent / "assets"
+INDEX = "model_index.json"
+
+SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+"""Suffixes of what a pipeline reads from the folders of its components: configurations, weights, tokenizers."""
+
+SMALL_FILE = 2**20
+SMALL_FOLDER = 64 * 2**20
+SAMPLE = 4096
+SAMPLES = 64
+EDGE = 64 * 1024
+MAX_HEADER = 100 * 2**20
+"""Bytes; the limit that safetensors itself sets to a header."""
+
+FLUX = "black-forest-labs/FLUX.1"
+STABILITY = "stabilityai/stable-diffusion"
+GATED = "its licence must be accepted on the hub"
+VARIANTS = ("fp16", "fp32", "bf16", "fp8", "ema", "non_ema")
+"""Words in the names of weights that a pipeline reads only when asked for them."""
+
+_REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_VARIANT = re.compile(rf"\.(?:{'|'.join(VARIANTS)})(?=[.-])")
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model with a name of its own.
+
+    `repo` is its repository on the hub, empty for what is embedded. `parameters` are billions, text encoders and VAE
+    included. `memory` is the need in bytes on the device at 1024x1024, one picture at a time. `defaults` go before
+    those of the family.
+    """
+
+    name: str
+    repo: str
+    family: str
+    runner: str
+    parameters: float
+    memory: int
+    note: str = ""
+    defaults: Defaults | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a name was found to mean: `spec` for the workers, `planned` for planning, `known` if it has a known name."""
+
+    spec: ModelSpec
+    planned: PlannedModel
+    known: KnownModel | None
+
+
+def _diffusion(
+    name: str, repo: str, family: str, parameters: float, allowance: float, note: str = "", own: Defaults | None = None
+) -> KnownModel:
+    """`parameters` are billions, at two bytes each in bfloat16; `allowance` is GiB on top of them."""
+    return KnownModel(name, repo, family, "diffusion", parameters, int(parameters * 2e9 + allowance * GIB), note, own)
+
+
+# Memory is the weights of all components in bfloat16 plus an allowance for activations, the VAE's decode and the CUDA
+# context (about 0.5 GiB). The weights of Z-Image are counted (6.15 B transformer, 4.02 text encoder, 0.084 VAE); the
+# others are what their authors state: Qwen-Image 20.4 + 8.3 text encoder + 0.1 VAE, FLUX 11.9 + 4.8 T5 + 0.2, SDXL
+# 2.6 + 0.9, SD 3.5 8.1 or 2.5 + 4.8 T5 + 0.9. The allowances are estimates with room to spare: 3 GiB, for SDXL 5 (its
+# VAE decodes in float32), for Qwen-Image 6 (the widest model), for tiny the context and its libraries.
+_CATALOGUE = (
+    _diffusion(
+        "tiny", "", "z_image", 0.001, 1, "embedded: random weights, pictures of noise", Defaults(128, 128, 4, 0.0)
+    ),
+    KnownModel("fake", "", "fake", "fake", 0.0, 0, "no model: test pictures, with scripted delays and failures"),
+    _diffusion("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo", "z_image", 10.3, 3),
+    _diffusion("qwen-image", "Qwen/Qwen-Image", "qwen_image", 28.8, 6, "two passes a step"),
+    _diffusion("flux.1-dev", f"{FLUX}-dev", "flux", 16.9, 3, GATED),
+    _diffusion("flux.1-schnell", f"{FLUX}-schnell", "flux", 16.9, 3, GATED, Defaults(steps=4, guidance_scale=0.0)),
+    _diffusion("sdxl", f"{STABILITY}-xl-base-1.0", "sdxl", 3.5, 5, "two passes a step"),
+    _diffusion("sd3.5-large", f"{STABILITY}-3.5-large", "sd3", 13.8, 3, GATED, Defaults(steps=28, guidance_scale=3.5)),
+    _diffusion("sd3.5-medium", f"{STABILITY}-3.5-medium", "sd3", 8.2, 3, GATED, Defaults(steps=40, guidance_scale=4.5)),
+)
+
+KNOWN: dict[str, KnownModel] = {model.name: model for model in _CATALOGUE}
+"""Every known model by its name, in the order in which they are listed."""
+
+
+def resolve(name: str, *, dtype: str = "auto", download: bool = True) -> Model:
+    """The model that a name, a folder or a repository (`org/name`) means, complete on the disk.
+
+    A known name wins over a folder of the same name (write `./NAME` for that), a folder over a repository. Downloads if
+    need be, unless `download` is False or `HF_HUB_OFFLINE` is set. Raises `InputError` when there is no such model, it
+    cannot be had, or its folder lacks files.
+    """
+    known = KNOWN.get(name)
+    if known and known.runner == "fake":
+        spec = ModelSpec(name, "", known.runner, known.family, f"fake/{dtype}", dtype, known.memory)
+        return _model(spec, family(known.family), known)
+    if known and not known.repo:
+        folder = ASSETS / known.name
+    elif known:
+        folder = _from_hub(known.repo, download)
+    else:
+        folder, known = _locate(name, download)
+    index = _read_index(folder)
+    if gap := _gap(folder, index):
+        raise InputError(f"model {name!r}: {folder} is incomplete, it lacks {gap}; copy or download it again")
+    chosen = family_for(index["_class_name"])
+    revision = f"{folder_revision(folder)}/{dtype}"
+    memory = known.memory if known else _memory(folder, index)
+    spec = ModelSpec(name, str(folder.absolute()), "diffusion", chosen.name, revision, dtype, memory)
+    return _model(spec, chosen, known)
+
+
+def _model(spec: ModelSpec, chosen: Family, known: KnownModel | None) -> Model:
+    own = known.defaults if known and known.defaults else Defaults()
+    given = {field.name: value for field in fields(Defaults) if (value := getattr(own, field.name)) not in (None, ())}
+    return Model(spec, PlannedModel(spec.name, spec.revision, chosen, replace(chosen.defaults, **given)), known)
+
+
+def _locate(name: str, download: bool) -> tuple[Path, KnownModel | None]:
+    folder = Path(os.path.expanduser(name))
+    if name and folder.is_dir():
+        return folder, None
+    if name and folder.exists():
+        raise InputError(f"model {name!r} is a file; give the folder of a pipeline in diffusers format (with {INDEX})")
+    if _REPO.fullmatch(name):
+        known = next((model for model in KNOWN.values() if model.repo.lower() == name.lower()), None)
+        return _from_hub(known.repo if known else name, download), known
+    if "/" in name or name.startswith((".", "~")):
+        raise InputError(f"model {name!r}: there is no such folder; give one, a repository (org/name) or a known name")
+    near = difflib.get_close_matches(name.lower(), KNOWN, n=3, cutoff=0.4) or list(KNOWN)
+    raise InputError(
+        f"model {name!r} is not known; did you mean {' or '.join(near[:3])}? "
+        "`imagemill models` lists the names; a folder or a repository (org/name) will do too"
+    )
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def _from_hub(repo: str, download: bool) -> Path:
+    """The folder of the repository's snapshot: the cached one if it is complete, else a downloaded one."""
+    from huggingface_hub import constants, errors
+
+    cache = constants.HF_HUB_CACHE
+    get = f"get it with `hf download {repo}`, or give a folder"
+    try:
+        folder = _snapshot(repo, offline=True)
+        gap = _gap(folder, _read_index(folder))
+        state = f"in the cache {cache} it is incomplete (it lacks {gap})"
+    except errors.HFValidationError as error:
+        raise InputError(f"model {repo!r} is no name of a repository: {_line(error)}") from error
+    except errors.LocalEntryNotFoundError:
+        gap, state = "everything", f"it is no folder, and not (or not wholly) in the cache {cache}"
+    if not gap:
+        return folder
+    if constants.HF_HUB_OFFLINE or not download:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "none was asked for"
+        raise InputError(f"model {repo!r}: {state}, and nothing is downloaded ({why}); {get}")
+    try:
+        return _snapshot(repo, offline=False)
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"model {repo!r}: {state}, and the hub asks for consent first; accept its licence at "
+            f"https://huggingface.co/{repo}, log in with `hf auth login`, then {get}"
+        ) from error
+    # RuntimeError is what the hub's transfer library raises when the network fails
+    except (errors.HTTPError, errors.EntryNotFoundError, errors.XetDownloadError, OSError, RuntimeError) as error:
+        raise InputError(f"model {repo!r}: {state}, and the download failed ({_line(error)}); {get}") from error
+
+
+def _snapshot(repo: str, offline: bool) -> Path:
+    """The snapshot with what the pipeline's index names: not every format and precision that a repository holds."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    index = _read_index(Path(hf_hub_download(repo, INDEX, local_files_only=offline)).parent)
+    wanted = [INDEX, *(f"{name}/*{suffix}" for name in _components(index) for suffix in SUFFIXES)]
+    unwanted = [f"*.{variant}{end}" for variant in VARIANTS for end in (".*", "-*")]
+    return Path(snapshot_download(repo, local_files_only=offline, allow_patterns=wanted, ignore_patterns=unwanted))
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    place = folder / INDEX
+    try:
+        index = json.loads(place.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"model folder {folder} has no {INDEX}; give the folder of a pipeline in diffusers format"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{place} does not read ({_line(error)}); copy or download the model again") from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise InputError(f"{place} names no pipeline class of diffusers; pipelines with code of their own are not run")
+    return index
+
+
+def _components(index: dict[str, Any]) -> list[str]:
+    """Names of the components that have a folder: entries with a library and a class."""
+    return sorted(
+        name
+        for name, entry in index.items()
+        if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and None not in entry
+    )
+
+
+def _files(folder: Path, index: dict[str, Any]) -> Iterator[Path]:
+    """The files that loading reads, in order of their names: no other precisions, pictures or texts."""
+    yield folder / INDEX
+    for name in _components(index):
+        for path in sorted((folder / name).iterdir()):
+            hidden = path.name.startswith(".") or _VARIANT.search(path.name)
+            if path.suffix in SUFFIXES and not hidden and path.is_file():
+                yield path
+
+
+def _gap(folder: Path, index: dict[str, Any]) -> str:
+    """The first thing the folder lacks of what its indexes name; empty when it lacks nothing."""
+    for name in _components(index):
+        if not (folder / name).is_dir():
+            return f"{name}/"
+    for path in _files(folder, index):
+        if path.name.endswith(".safetensors.index.json"):
+            shards = json.loads(path.read_text("utf-8")).get("weight_map", {}).values()
+            for shard in sorted(set(shards)):
+                if not (path.parent / shard).is_file():
+                    return f"{path.parent.name}/{shard}"
+    return ""
+
+
+def _memory(folder: Path, index: dict[str, Any]) -> int:
+    """Bytes of all weights, a fifth more for activations, and 2 GiB for the VAE's decode and the CUDA context."""
+    weights = sum(path.stat().st_size for path in _files(folder, index) if path.suffix == ".safetensors")
+    return int(weights * 1.2) + 2 * GIB
+
+
+def folder_revision(folder: Path) -> str:
+    """A sha256 in hex over what loading reads of a pipeline folder: the same wherever a copy of it lies.
+
+    Folders under 64 MiB and files under 1 MiB count whole. Of a larger file count its size, both ends, 64 spread
+    samples and, of safetensors, the header and a sample from the middle of each tensor: training changes them all.
+    """
+    paths = list(_files(folder, _read_index(folder)))
+    sizes = [path.stat().st_size for path in paths]
+    whole = sum(sizes) < SMALL_FOLDER
+    total = hashlib.sha256()
+    for path, size in zip(paths, sizes, strict=True):
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            for offset, length in [(0, size)] if whole or size < SMALL_FILE else _samples(file.fileno(), path, size):
+                digest.update(os.pread(file.fileno(), length, offset))
+        total.update(f"{path.relative_to(folder).as_posix()}\0{size}\0{digest.hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _samples(file: int, path: Path, size: int) -> list[tuple[int, int]]:
+    """Places (offset, bytes) of a large file that stand for all of it."""
+    places = [(0, EDGE), (size - EDGE, EDGE)]
+    places += [((size - SAMPLE) * number // (SAMPLES - 1), SAMPLE) for number in range(SAMPLES)]
+    if path.suffix != ".safetensors":
+        return places
+    header = int.from_bytes(os.pread(file, 8, 0), "little")
+    if header > min(MAX_HEADER, size - 8):
+        return places  # no safetensors file: the loader will refuse it
+    places.append((8, header))
+    try:
+        tensors = json.loads(os.pread(file, header, 8))
+        spans = [entry["data_offsets"] for name, entry in tensors.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return places
+    return places + [(8 + header + max(start, (start + end - SAMPLE) // 2), SAMPLE) for start, end in spans]
