@@ -32,33 +32,100 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Source = Annotated[str, typer.Argument(help="A .json, .jsonl, .csv, .tsv or .parquet file, a tweet batch, or - for JSONL on stdin.")]
+Source = Annotated[
+    str, typer.Argument(help="A .json, .jsonl, .csv, .tsv or .parquet file, a tweet batch, or - for JSONL on stdin.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Output folder.", show_default="outputs/SOURCE")]
-Model = Annotated[str | None, typer.Option("--model", metavar="NAME|FOLDER|REPO", help="A known name (see `imagemill models`), a diffusers folder, or a hub repository.", show_default="tiny")]
-Gpus = Annotated[str | None, typer.Option("--gpus", metavar="N|auto", help="How many GPUs; auto takes those whose free memory holds the model.", show_default="auto")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME|FOLDER|REPO",
+        help="A known name (see `imagemill models`), a diffusers folder, or a hub repository.",
+        show_default="tiny",
+    ),
+]
+Gpus = Annotated[
+    str | None,
+    typer.Option(
+        "--gpus",
+        metavar="N|auto",
+        help="How many GPUs; auto takes those whose free memory holds the model.",
+        show_default="auto",
+    ),
+]
 GpuIds = Annotated[str | None, typer.Option("--gpu-ids", metavar="0,2,4", help="Which GPUs.")]
-Device = Annotated[str | None, typer.Option("--device", metavar="cuda|cpu", help="Kind of device.", show_default="cuda if there is one")]
-Workers = Annotated[int | None, typer.Option("--workers", help="Worker processes on the CPU; on GPUs one each, this many at most.", show_default="one a device")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="cuda|cpu", help="Kind of device.", show_default="cuda if there is one"),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        help="Worker processes on the CPU; on GPUs one each, this many at most.",
+        show_default="one a device",
+    ),
+]
 Isolate = Annotated[bool | None, typer.Option("--isolate", help="Run a single worker in a process of its own, too.")]
-Schedule = Annotated[str | None, typer.Option("--schedule", metavar="dynamic|static|lockstep|window:K", help="Order of the work.", show_default="dynamic")]
-Config = Annotated[Path | None, typer.Option("--config", metavar="FILE.yaml", help="Settings; options stand above them.")]
-LoraOption = Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[:STRENGTH]", help="Adapter for tasks that name none; repeatable.")]
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule", metavar="dynamic|static|lockstep|window:K", help="Order of the work.", show_default="dynamic"
+    ),
+]
+Config = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE.yaml", help="Settings; options stand above them.")
+]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:STRENGTH]", help="Adapter for tasks that name none; repeatable."),
+]
 Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.", show_default="the model's")]
 Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels.", show_default="the model's")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale.", show_default="the model's")]
-TrueCfg = Annotated[float | None, typer.Option("--true-cfg-scale", help="True CFG scale, for models that take it.", show_default="the model's")]
+TrueCfg = Annotated[
+    float | None,
+    typer.Option("--true-cfg-scale", help="True CFG scale, for models that take it.", show_default="the model's"),
+]
 Negative = Annotated[str | None, typer.Option("--negative-prompt", help="For tasks that name none.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the first task; task number i gets seed + i.", show_default="42")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Tasks that may share a forward pass; pictures may then be 1 of 255 apart.", show_default="1")]
-PromptColumn = Annotated[str | None, typer.Option("--prompt-column", metavar="NAME", help="The column that holds the prompt.", show_default="prompt")]
-Format = Annotated[str | None, typer.Option("--format", metavar="png|jpg|webp", help="Picture format.", show_default="png")]
-SinkOption = Annotated[str | None, typer.Option("--sink", metavar="files|none", help="none keeps no pictures: for measuring.", show_default="files")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Seed of the first task; task number i gets seed + i.", show_default="42")
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        help="Tasks that may share a forward pass; pictures may then be 1 of 255 apart.",
+        show_default="1",
+    ),
+]
+PromptColumn = Annotated[
+    str | None,
+    typer.Option("--prompt-column", metavar="NAME", help="The column that holds the prompt.", show_default="prompt"),
+]
+Format = Annotated[
+    str | None, typer.Option("--format", metavar="png|jpg|webp", help="Picture format.", show_default="png")
+]
+SinkOption = Annotated[
+    str | None,
+    typer.Option("--sink", metavar="files|none", help="none keeps no pictures: for measuring.", show_default="files"),
+]
 NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="Write no task into the pictures.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N rows.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out instead of starting nothing.")]
-RetryFailed = Annotated[str | None, typer.Option("--retry-failed", metavar="[KIND,...]", help="Try failed tasks of earlier runs again; alone or with kinds as in --retry-failed=oom,timeout.")]
+RetryFailed = Annotated[
+    str | None,
+    typer.Option(
+        "--retry-failed",
+        metavar="[KIND,...]",
+        help="Try failed tasks of earlier runs again; alone or with kinds as in --retry-failed=oom,timeout.",
+    ),
+]
 RerunChanged = Annotated[bool, typer.Option("--rerun-changed", help="Make pictures of changed tasks again.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Read and check everything, start nothing; the same as `imagemill plan`.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Read and check everything, start nothing; the same as `imagemill plan`.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only the summary.")]
 
 
@@ -172,7 +239,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Options of the command itself."""
 

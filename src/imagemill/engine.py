@@ -1,8 +1,8 @@
 """The engine: wires source, ledger, scheduler, workers and report together. The library's API.
 
-    with imagemill.Engine(model="z-image-turbo", gpus=4) as engine:
-        for outcome in engine.run("prompts.jsonl", out="pictures"):
-            print(outcome.task.id, outcome.path or outcome.message)
+with imagemill.Engine(model="z-image-turbo", gpus=4) as engine:
+    for outcome in engine.run("prompts.jsonl", out="pictures"):
+        print(outcome.task.id, outcome.path or outcome.message)
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:

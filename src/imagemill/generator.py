@@ -39,7 +39,9 @@ class MultiGPUImageGenerator:
     def __enter__(self) -> MultiGPUImageGenerator:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -59,7 +61,11 @@ class MultiGPUImageGenerator:
         places = [self._place(task, number) for number, task in enumerate(tasks)]
         root = Path(os.path.commonpath([place.parent for place in places]))
         rows = [
-            {**task, "id": str(task.get("task_id", task.get("id", number))), "output_path": place.relative_to(root).as_posix()}
+            {
+                **task,
+                "id": str(task.get("task_id", task.get("id", number))),
+                "output_path": place.relative_to(root).as_posix(),
+            }
             for number, (task, place) in enumerate(zip(tasks, places, strict=True))
         ]
         for row in rows:
@@ -79,7 +85,9 @@ class MultiGPUImageGenerator:
 
     def _place(self, task: Mapping[str, Any], number: int) -> Path:
         if task.get("num_images", 1) != 1:
-            raise InputError(f"task {number}: num_images: generate_batch gives one result a task; give one dict a picture")
+            raise InputError(
+                f"task {number}: num_images: generate_batch gives one result a task; give one dict a picture"
+            )
         given = task.get("output_path")
         suffix = f".{self._engine.settings.output.format}"
         if given is None:

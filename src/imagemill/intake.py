@@ -60,7 +60,7 @@ class Models:
 
 
 class Intake:
-    """Takes rows into the ledger's staging area. `folder` is None for a plan, which holds no output folder.
+    """Takes rows into the ledger's staging area.
 
     `overwrite` lets a new task replace a file that no run of the folder made.
     """
@@ -70,7 +70,7 @@ class Intake:
         settings: Settings,
         models: Models,
         ledger: Ledger,
-        folder: OutputFolder | None,
+        folder: OutputFolder,
         *,
         overwrite: bool = False,
     ) -> None:
@@ -78,7 +78,7 @@ class Intake:
         self._overwrite = overwrite
         self.folder = folder
         self._ledger = ledger
-        self._inputs = Inputs()
+        self.inputs = Inputs()
         self._format = settings.output.format
         self._keeps_files = settings.output.sink == "files"
         width, height = settings.size or (None, None)
@@ -133,8 +133,10 @@ class Intake:
         for one in plan.expand(task):
             planned = plan.planned(one, seq, model.planned, digests)
             path = one.output_path or ""
-            if self.folder and not self.folder.holds(path):
-                return seq, [Problem("output_path", f"{path!r} leads out of the output folder through a link; remove the link")]
+            if not self.folder.holds(path):
+                return seq, [
+                    Problem("output_path", f"{path!r} leads out of the output folder through a link; remove the link")
+                ]
             conflict = self._ledger.stage(planned, row.place)
             if conflict:
                 return seq, [Problem("", conflict)]
@@ -145,17 +147,21 @@ class Intake:
         loras = list(task.loras)
         for number, lora in enumerate(loras):
             with _as_problem(found, f"loras[{number}].path"):
-                loras[number] = replace(lora, digest=self._inputs.lora(lora.path).digest)
+                loras[number] = replace(lora, digest=self.inputs.lora(lora.path).digest)
         digests = []
         for number, path in enumerate(task.images):
             with _as_problem(found, f"images[{number}]"):
-                digests.append(self._inputs.image(path))
+                digests.append(self.inputs.image(path))
         return (replace(task, loras=tuple(loras)) if loras else task), digests
 
     def check(self, admission: Admission, *, skip_bad: bool, rerun_changed: bool) -> Comparison:
         """Compare what is staged with the folder. Raises `TaskFileError` or `ChangedTasksError`; then nothing starts."""
         if admission.bad_rows and not skip_bad:
-            raise TaskFileError(admission.bad, admission.bad_rows, "nothing was started; mend the rows, or leave them out with --skip-bad")
+            raise TaskFileError(
+                admission.bad,
+                admission.bad_rows,
+                "nothing was started; mend the rows, or leave them out with --skip-bad",
+            )
         if admission.tasks == 0:
             raise InputError("the source holds no task that could run")
         comparison = self._ledger.compare()
@@ -168,7 +174,7 @@ class Intake:
 
     def _foreign_files(self) -> list[str]:
         """New tasks at whose place a file stands that no run of this folder made: it would be overwritten."""
-        if self.folder is None or self._overwrite or not self._keeps_files:
+        if self._overwrite or not self._keeps_files:
             return []
         return [
             f"{place}: output_path {path!r}: a file that is no picture of this folder's runs stands there"
@@ -179,7 +185,7 @@ class Intake:
     def accept(self, admission: Admission, *, retry: Iterable[str]) -> int:
         """Make what is staged the work of the ledger's run; returns how many pictures were found damaged."""
         damaged: list[str] = []
-        if self.folder is not None and self._keeps_files:
+        if self._keeps_files:
             damaged = list(self.folder.damaged(self._ledger.staged_done()))
             self.folder.sweep({str(PurePosixPath(path).parent) for path in self._ledger.staged_paths()})
         for place, reason in admission.skipped:

@@ -111,7 +111,9 @@ class Ledger:
         row = self._db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
         if row is None or row[0] != VERSION:
             found = row[0] if row else "none"
-            raise LedgerError(f"{self.path}: written by another version (ledger format {found}, this one reads {VERSION})")
+            raise LedgerError(
+                f"{self.path}: written by another version (ledger format {found}, this one reads {VERSION})"
+            )
         unclean = self._db.execute("SELECT 1 FROM runs WHERE status = 'running' LIMIT 1").fetchone()
         if unclean:
             verdict = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -180,12 +182,17 @@ class Ledger:
             "AND t.id NOT IN (SELECT id FROM incoming) ORDER BY i.position LIMIT ?",
             (SHOWN,),
         )
-        found = [f"{place}: output_path {path!r} holds the picture of task {name!r} of an earlier run" for place, path, name in rows]
+        found = [
+            f"{place}: output_path {path!r} holds the picture of task {name!r} of an earlier run"
+            for place, path, name in rows
+        ]
         again = self._db.execute(
             "SELECT i.place, i.id FROM incoming i JOIN tasks t USING (id) WHERE t.run = ? ORDER BY i.position LIMIT ?",
             (self.run or -1, SHOWN),
         )
-        return found + [f"{place}: id {name!r} came before in this run; give each task its own" for place, name in again]
+        return found + [
+            f"{place}: id {name!r} came before in this run; give each task its own" for place, name in again
+        ]
 
     def staged_done(self) -> Iterator[tuple[str, str, str]]:
         """(id, path, sha256) of every staged task that the folder holds as done."""
@@ -207,15 +214,16 @@ class Ledger:
         for (path,) in self._db.execute("SELECT path FROM incoming"):
             yield path
 
-    def staged(self) -> Iterator[tuple[Task, Ticket, str]]:
-        """(task, ticket, state) of every staged task in order; the state is `new` or what the folder knows."""
+    def staged(self) -> Iterator[tuple[PlannedTask, str, str]]:
+        """(task, state, kind of failure) of every staged task in order; the state is `new`, `changed` or what is known."""
         rows = self._db.execute(
-            "SELECT i.position, i.task, i.needs, i.batch_group, i.cost, CASE WHEN t.id IS NULL THEN 'new' "
-            "WHEN i.fingerprint != t.fingerprint OR i.path != t.path THEN 'changed' ELSE t.state END "
+            "SELECT i.position, i.fingerprint, i.task, i.needs, i.batch_group, i.cost, CASE WHEN t.id IS NULL THEN 'new' "
+            "WHEN i.fingerprint != t.fingerprint OR i.path != t.path THEN 'changed' ELSE t.state END, ifnull(t.kind, '') "
             "FROM incoming i LEFT JOIN tasks t USING (id) ORDER BY i.position"
         )
-        for position, task, needs, group, cost, state in rows:
-            yield wire.task_from_json(task), Ticket(position, tuple(json.loads(needs)), group, cost), state
+        for position, print_, task, needs, group, cost, state, kind in rows:
+            ticket = Ticket(position, tuple(json.loads(needs)), group, cost)
+            yield PlannedTask(wire.task_from_json(task), print_, ticket), state, kind
 
     def apply(self, *, retry: Sequence[str] = (), again: Iterable[str] = ()) -> None:
         """Make the staged rows the work of the current run: new and changed ones, and what is to be done again.
@@ -270,7 +278,8 @@ class Ledger:
     def end_run(self, ended: float, status: str, stats: Mapping[str, Any]) -> None:
         """Write how the run ended: done, failed, drained, cancelled, no_workers, bad_model or output_error."""
         self._db.execute(
-            "UPDATE runs SET ended = ?, status = ?, stats = ? WHERE run = ?", (ended, status, json.dumps(stats), self.run)
+            "UPDATE runs SET ended = ?, status = ?, stats = ? WHERE run = ?",
+            (ended, status, json.dumps(stats), self.run),
         )
 
     def skip(self, place: str, reason: str) -> None:

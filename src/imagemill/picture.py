@@ -76,7 +76,11 @@ def parameters(task: Task, facts: Mapping[str, Any]) -> str:
     lines = [task.prompt + loras]
     if task.negative_prompt:
         lines.append(f"Negative prompt: {task.negative_prompt}")
-    values: dict[str, Any] = {"Steps": task.steps, "CFG scale": task.guidance_scale, "True CFG scale": task.true_cfg_scale}
+    values: dict[str, Any] = {
+        "Steps": task.steps,
+        "CFG scale": task.guidance_scale,
+        "True CFG scale": task.true_cfg_scale,
+    }
     values |= {"Seed": task.seed, "Size": f"{task.width}x{task.height}", "Model": task.model}
     if task.loras:
         hashes = ", ".join(f"{PurePath(lora.path).stem}: {lora.digest[:12]}" for lora in task.loras)

@@ -127,7 +127,11 @@ def expand(task: Task) -> tuple[Task, ...]:
 def output_path(task: Task, picture_format: str) -> str:
     """Where the picture goes, relative to the output folder: as the task says, else by its id."""
     if task.output_path:
-        return task.output_path if PurePosixPath(task.output_path).suffix else task.output_path + FORMATS[picture_format][0]
+        return (
+            task.output_path
+            if PurePosixPath(task.output_path).suffix
+            else task.output_path + FORMATS[picture_format][0]
+        )
     return file_stem(task.id) + FORMATS[picture_format][0]
 
 
@@ -181,7 +185,9 @@ def _number_problems(task: Task, family: Traits) -> list[Problem]:
             found.append(Problem(name, "is not known: neither task, run nor model names it; give --size WxH"))
         elif size < family.multiple or size % family.multiple:
             lower = max(family.multiple, size - size % family.multiple)
-            found.append(Problem(name, f"is {size}; {family.name} takes multiples of {family.multiple}, such as {lower}"))
+            found.append(
+                Problem(name, f"is {size}; {family.name} takes multiples of {family.multiple}, such as {lower}")
+            )
     if task.width and task.height and task.width * task.height > MAX_PIXELS:
         found.append(Problem("width", f"{task.width}x{task.height} is over the limit of {MAX_PIXELS:,} pixels"))
     if task.steps is None:
@@ -243,7 +249,9 @@ def needs(task: Task) -> tuple[str, ...]:
 
 def adapters_need(loras: Sequence[Lora]) -> str:
     """The name of a set of adapters with their strengths; adapters at strength 0 do nothing and are left out."""
-    return "adapters:" + (",".join(f"{lora.digest or lora.path}@{lora.strength!r}" for lora in loras if lora.strength) or "-")
+    return "adapters:" + (
+        ",".join(f"{lora.digest or lora.path}@{lora.strength!r}" for lora in loras if lora.strength) or "-"
+    )
 
 
 def fingerprint(task: Task, revision: str, image_digests: Sequence[str] = ()) -> str:

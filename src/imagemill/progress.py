@@ -205,7 +205,9 @@ class Terminal(Silent):
         from rich.console import Console
         from rich.live import Live
 
-        self._live = Live(console=Console(stderr=True), get_renderable=self._render, refresh_per_second=8, transient=True)
+        self._live = Live(
+            console=Console(stderr=True), get_renderable=self._render, refresh_per_second=8, transient=True
+        )
 
     def begin(self, total: int | None, labels: Mapping[int, str]) -> None:
         """Start drawing."""

@@ -20,21 +20,25 @@ LOCK_NAME = ".imagemill.lock"
 class OutputFolder:
     """An output folder that this driver holds. Raises `FolderInUseError` when another one does.
 
-    The lock is the kernel's (flock): it ends with the process, however that ends.
+    The lock is the kernel's (flock): it ends with the process, however that ends. Without `exclusive` none is taken;
+    without `create` a folder that is not there stays away, which is enough to look.
     """
 
-    def __init__(self, path: Path, *, exclusive: bool = True) -> None:
+    def __init__(self, path: Path, *, exclusive: bool = True, create: bool = True) -> None:
         self.path = path
         self._lock = -1
         self._unsynced: set[Path] = set()
         self._inside: dict[Path, bool] = {}
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            if create:
+                path.mkdir(parents=True, exist_ok=True)
             self._root = path.resolve()
             if exclusive:
                 self._take_lock()
         except OSError as error:
-            raise InputError(f"{path}: cannot be used as output folder: {error.strerror}; give another --out") from error
+            raise InputError(
+                f"{path}: cannot be used as output folder: {error.strerror}; give another --out"
+            ) from error
 
     def _take_lock(self) -> None:
         lock = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -55,6 +55,14 @@ def decide(tries: Sequence[Try], max_attempts: int) -> Decision:
     return Decision("again", backoff(alike))
 
 
+def blames_device(one: Try) -> bool:
+    """Whether the failure speaks against the device if another device then does the task.
+
+    Not where all of a batch failed together: there the cause was its size or any of its members.
+    """
+    return one.batch_size == 1 or one.kind not in ("oom", "worker_lost", "timeout")
+
+
 def backoff(failures: int, first: float = FIRST_DELAY, longest: float = LONGEST_DELAY) -> float:
     """Seconds to wait after the n-th failure in a row: doubling from `first`, never over `longest`."""
     return min(longest, first * 2 ** min(failures - 1, 30)) if failures > 0 else 0.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 from imagemill.backlog import Backlog, Bucket, Entry
 from imagemill.policies import Board, Lockstep, Policy, Worker, create
@@ -37,7 +36,7 @@ from imagemill.records import (
     WorkerLost,
     WorkerReady,
 )
-from imagemill.retry import backoff, decide
+from imagemill.retry import backoff, blames_device, decide
 
 LOSSES_AT_MOST = 10
 """A worker that was lost this often in a row without one finished task is not started again."""
@@ -66,8 +65,8 @@ class Limits:
 class Scheduler:
     """Decides for one run. `workers` maps numbers to the names of their devices.
 
-    `crew` are workers of an earlier run that go on as they are. `on(event, now)` takes a fact and returns what to do. A task is settled exactly once; a worker has one batch at a
-    time; after `Halt` nothing follows.
+    `crew` are workers of an earlier run that go on as they are. `on(event, now)` takes a fact and returns what to do. A
+    task is settled exactly once; a worker has one batch at a time; after `Halt` nothing follows.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Scheduler:
         self._unsettled: OrderedDict[int, Entry] = OrderedDict()
         self._oom_limits: dict[Bucket, int] = {}
         self._batches = 0
-        self._draining = False
+        self._end: Halt | None = None
         self._started = False
         self._halted = False
         self._last_loss = ""
@@ -116,23 +115,21 @@ class Scheduler:
         The waiting ones are bounded by `read_ahead`; what is settled but held back because an earlier task is not,
         by four times that.
         """
-        if self._halted or self._draining or self.board.source_ended:
+        if self._halted or self._end or self.board.source_ended:
             return 0
         oldest = next(iter(self._unsettled.values()), None)
         held_back = self._arrived - oldest.ordinal if oldest else 0
-        ahead = self.limits.read_ahead
+        # Lockstep waits for a full round: less than that read ahead would never fill one.
+        ahead = max(self.limits.read_ahead, 2 * len(self.board.workers))
         return max(0, min(ahead - len(self.board.backlog), 4 * ahead - held_back))
 
     def wake_at(self) -> float | None:
-        """When time alone will change something; None if only an event can. What was due is decided already."""
-        moments = [
-            worker.deadline if worker.state in ("loading", "busy") else worker.not_before
-            for worker in self.board.workers.values()
-            if worker.state in ("loading", "busy", "absent")
-        ]
-        moments += self.board.backlog.retry_times()
-        clock = self._clock or 0.0
-        return min((moment for moment in moments if clock < moment < float("inf")), default=None)
+        """When a `Tick` will change something; None if only an event can. Never before the last event."""
+        clock, workers = self._clock or 0.0, self.board.workers.values()
+        moments = [max(clock, worker.deadline) for worker in workers if worker.state in ("loading", "busy")]
+        starts = [worker.not_before for worker in workers if worker.state == "absent"]
+        moments += [moment for moment in (*starts, *self.board.backlog.retry_times()) if moment > clock]
+        return min((moment for moment in moments if moment < float("inf")), default=None)
 
     # --- events -----------------------------------------------------------------------------------------------------
 
@@ -163,13 +160,13 @@ class Scheduler:
             case Tick():
                 commands += self._overdue(now)
             case Drain():
-                self._draining = True
+                self._end = self._end or Halt("drained")
             case Cancel():
                 return [*commands, *self._cancel()]
         return [*commands, *self._advance(now)]
 
     def _on_ready(self, worker: Worker, resident: frozenset[str]) -> None:
-        if worker.state == "loading":
+        if worker.state == "loading" and not worker.ending:
             worker.state, worker.resident, worker.failed_loads = "idle", resident, 0
             live = [other.completed for other in self.board.workers.values() if other.live and other is not worker]
             worker.completed = min(live, default=0)
@@ -177,7 +174,7 @@ class Scheduler:
     def _extend(self, worker: Worker, now: float) -> None:
         if worker.state == "busy":
             worker.deadline = now + self.limits.task_timeout
-        elif worker.state == "loading":
+        elif worker.state == "loading" and not worker.ending:
             worker.deadline = now + self.limits.load_timeout
 
     def _on_batch_ended(self, event: BatchEnded, now: float) -> list[Command]:
@@ -205,13 +202,16 @@ class Scheduler:
     def _done(self, worker: Worker, entry: Entry, receipt: Receipt) -> list[Command]:
         worker.losses = worker.blame = 0
         commands: list[Command] = []
-        for number in {one.worker for one in entry.tries} - {worker.id}:
+        for number in {one.worker for one in entry.tries if blames_device(one)} - {worker.id}:
             other = self.board.workers[number]
             other.blame += 1
             if other.blame >= BLAME_AT_MOST and other.usable:
                 commands += self._quarantine(other, f"{other.blame} tasks in a row failed here and succeeded elsewhere")
         del self._unsettled[entry.ticket.seq]
-        return [*commands, Settle(entry.ticket.seq, entry.attempt, worker.id, receipt=receipt, tries=tuple(entry.tries))]
+        return [
+            *commands,
+            Settle(entry.ticket.seq, entry.attempt, worker.id, receipt=receipt, tries=tuple(entry.tries)),
+        ]
 
     def _failed(self, worker: Worker, entry: Entry, failure: Failure, size: int, now: float) -> list[Command]:
         attempt = Try(entry.attempt, worker.id, failure.kind, failure.message, size)
@@ -249,9 +249,11 @@ class Scheduler:
         commands: list[Command] = []
         for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True) if batch else ():
             entry = self.board.in_flight.pop(ticket.seq)
-            commands += self._failed(worker, entry, Failure(ticket.seq, attempt, kind, message), len(batch.tickets), now)
+            commands += self._failed(
+                worker, entry, Failure(ticket.seq, attempt, kind, message), len(batch.tickets), now
+            )
         if loading and event.kind == "bad_model":
-            return [*commands, *self._halt("bad_model", event.message)]
+            self._end = self._end or Halt("bad_model", event.message)
         if worker.losses >= LOSSES_AT_MOST or worker.failed_loads >= LOADS_AT_MOST:
             commands += self._quarantine(worker, message)
         return commands
@@ -283,11 +285,11 @@ class Scheduler:
 
     def _cancel(self) -> list[Command]:
         present = [worker for worker in self.board.workers.values() if worker.state not in ("absent", "quarantined")]
-        return [*(Kill(worker.id, "the run was stopped") for worker in present), *self._halt("cancelled", "")]
+        return [*(Kill(worker.id, "the run was stopped") for worker in present), *self._halt(Halt("cancelled"))]
 
-    def _halt(self, reason: str, message: str) -> list[Command]:
+    def _halt(self, halt: Halt) -> list[Command]:
         self._halted = True
-        return [Halt(reason, message)]  # type: ignore[arg-type]
+        return [halt]
 
     # --- decisions --------------------------------------------------------------------------------------------------
 
@@ -295,20 +297,20 @@ class Scheduler:
         if self._halted:
             return []
         board = self.board
-        if self._draining:
-            return [] if board.in_flight else self._halt("drained", "")
+        if self._end:
+            return [] if board.in_flight else self._halt(self._end)
         if board.source_ended and not self._unsettled:
-            return self._halt("done", "")
+            return self._halt(Halt("done"))
         if not any(worker.usable for worker in board.workers.values()):
-            return [] if board.in_flight else self._halt("no_workers", self._last_loss)
+            return [] if board.in_flight else self._halt(Halt("no_workers", self._last_loss))
         return [*self._staff(now), *self._assign(now)]
 
     def _staff(self, now: float) -> list[Command]:
-        """Start the processes that are missing, never more than tasks have come; `parallel_loads` load at a time."""
+        """Start the processes that are missing, `parallel_loads` of them load at a time."""
         commands: list[Command] = []
         workers = self.board.workers.values()
         if len(self.board.backlog):
-            for worker in islice(workers, self._arrived):
+            for worker in self._crew(now):
                 if worker.state == "absent" and worker.not_before <= now:
                     worker.state = "waiting"
                     commands.append(Spawn(worker.id))
@@ -320,8 +322,17 @@ class Scheduler:
                 commands.append(Load(worker.id))
         return commands
 
+    def _crew(self, now: float) -> list[Worker]:
+        """The workers that shall run: as many as tasks have come, and one more for a task that failed on all of them."""
+        usable = [worker for worker in self.board.workers.values() if worker.usable]
+        crew, reserve = usable[: self._arrived], usable[self._arrived :]
+        for entry in self.board.backlog.retries(now) if reserve else ():
+            if all(worker.id in entry.avoid for worker in crew):
+                crew += [worker for worker in reserve if worker.id not in entry.avoid and worker not in crew][:1]
+        return crew
+
     def _assign(self, now: float) -> list[Command]:
-        if not self._ready_to_start():
+        if not len(self.board.backlog) or not self._ready_to_start():
             return []
         commands: list[Command] = []
         for worker in self.board.idle():

@@ -155,9 +155,7 @@ class Worker:
         self._peak = max(self._peak, peak)
         return now
 
-    def _keep(
-        self, result: Result, planned: PlannedTask, attempt: int, runner: Runner, sink: sinks.Sink
-    ) -> Receipt:
+    def _keep(self, result: Result, planned: PlannedTask, attempt: int, runner: Runner, sink: sinks.Sink) -> Receipt:
         if result.error is not None:
             raise result.error
         image, task = result.image, planned.task
@@ -239,9 +237,16 @@ def serve(spec: WorkerSpec, inbox: queue.SimpleQueue[Any], emit: Callable[[Event
 def _read(pipe: socket.socket, inbox: queue.SimpleQueue[Any]) -> None:
     """Take frames off the pipe; its end means that the driver is gone, whatever the main thread does."""
     reader = wire.FrameReader()
-    while data := pipe.recv(1 << 16):
-        for message in reader.feed(data):
-            inbox.put(message)
+    try:
+        while data := pipe.recv(1 << 16):
+            for message in reader.feed(data):
+                inbox.put(message)
+    except ConnectionResetError:
+        log.info("the driver is gone; it had not read all events")
+    except Exception:
+        # Without its orders this process would wait for ever, and the driver for it.
+        log.exception("the orders cannot be read")
+        os._exit(1)
     os._exit(0)
 
 

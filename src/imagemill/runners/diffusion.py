@@ -65,7 +65,7 @@ class DiffusionRunner:
             self.unload()
             raise
         self._spec = spec
-        log.info("loaded %s on %s in %.1f s", spec.name, self.device, time.monotonic() - started)
+        log.info("loaded %s on %s in %.1f s", spec.name, describe(self.device), time.monotonic() - started)
 
     def run(self, order: WorkOrder, beat: Beat) -> Iterator[Result]:
         """One result a task, in the order's order. All tasks share model, adapters and group.
@@ -159,6 +159,8 @@ class DiffusionRunner:
             return process_memory()
         import torch
 
+        if not torch.cuda.is_initialized():
+            return 0, 0
         now, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         return now, peak
@@ -200,6 +202,16 @@ def finish(picture: torch.Tensor, task: Task) -> Image | BadOutput:
         return BadOutput(f"the picture is {width}x{height} with {channels} channels; the task asks for {asked}")
     levels = (picture.float().permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(levels.cpu().contiguous().numpy())
+
+
+def describe(device: str) -> str:
+    """The device for the log: `cuda:0 is an NVIDIA H100, 1 device is visible`."""
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"{device} is {torch.cuda.get_device_name(device)}, {count} device{' is' if count == 1 else 's are'} visible"
 
 
 def process_memory() -> tuple[int, int]:

@@ -1,0 +1,129 @@
+"""What a run of a source would do: the dry run behind `imagemill plan`. It starts no worker and changes nothing on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from imagemill import devices, estimate, models, sources
+from imagemill.config import Settings
+from imagemill.devices import Choice
+from imagemill.engine import DEFAULT_MODEL, Engine, RunOptions, family_batch
+from imagemill.estimate import Estimate, Group
+from imagemill.intake import Admission, Intake, Models
+from imagemill.ledger import FILE_NAME, Comparison, Ledger
+from imagemill.publish import OutputFolder
+from imagemill.records import PlannedTask
+from imagemill.schedule import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA file that the run would use: `tasks` name it, `bytes` long, of this rank."""
+
+    path: str
+    digest: str
+    bytes: int
+    rank: int
+    tasks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Everything `imagemill plan` says. `to_do` counts pictures; `groups` are those alike, the largest group first."""
+
+    source: str
+    folder: Path
+    comparison: Comparison
+    admission: Admission
+    to_do: int
+    models: tuple[models.Model, ...]
+    groups: tuple[Group, ...]
+    adapters: tuple[Adapter, ...]
+    choice: Choice
+    estimate: Estimate
+    schedule: str
+
+
+def forecast(source: str, out: Path | None, settings: Settings, options: RunOptions) -> Forecast:
+    """Read and check all that a run would: rows, LoRA headers, paths, models, devices, the folder's ledger.
+
+    Raises what the run would raise before it starts.
+    """
+    folder = out if out is not None else Engine(config=settings).default_folder(source)
+    known = folder / FILE_NAME
+    ledger = Ledger(known, read_only=True) if known.is_file() else Ledger(Path(":memory:"), folder=folder)
+    try:
+        book = Models(models.resolve, settings.model or DEFAULT_MODEL)
+        intake = Intake(settings, book, ledger, OutputFolder(folder, exclusive=False, create=False))
+        admission = intake.stage(sources.open_source(source, prompt_column=options.prompt_column), limit=options.limit)
+        comparison = intake.check(admission, skip_bad=options.skip_bad, rerun_changed=options.rerun_changed)
+        to_do = _count(ledger, options)
+        used = book.used()
+        choice = _choice(settings, used, to_do)
+        families = {f"model:{model.spec.name}": model.planned.family.name for model in used}
+        limits = Limits(
+            **settings.limits.model_dump(),
+            batch={f"model:{model.spec.name}": min(settings.batch_size, family_batch(model)) for model in used},
+        )
+        figures = estimate.estimate(
+            (planned.ticket for planned in _work(ledger, options)),
+            workers=len(choice.devices),
+            pace=estimate.pace(folder, families, choice.devices[0].name),
+            policy=settings.schedule.name,
+            lead=settings.schedule.k or 1,
+            limits=limits,
+            most=len(devices.gpus()) if choice.devices[0].torch_device.startswith("cuda") else os.cpu_count(),
+        )
+        return Forecast(
+            source=source,
+            folder=folder,
+            comparison=comparison,
+            admission=admission,
+            to_do=to_do,
+            models=used,
+            groups=estimate.groups(_work(ledger, options)),
+            adapters=_adapters(intake, ledger),
+            choice=choice,
+            estimate=figures,
+            schedule=str(settings.schedule),
+        )
+    finally:
+        ledger.abandon()
+        ledger.close()
+
+
+def _choice(settings: Settings, used: tuple[models.Model, ...], to_do: int) -> Choice:
+    asked = settings.devices
+    return devices.choose(
+        device=asked.device,
+        gpus=asked.gpus,
+        gpu_ids=asked.gpu_ids or None,
+        workers=asked.workers,
+        need=max(model.spec.memory for model in used),
+        tasks=max(1, to_do),
+    )
+
+
+def _work(ledger: Ledger, options: RunOptions) -> Iterator[PlannedTask]:
+    """What the run would do: all that is not done, and the failures it was asked to try again."""
+    for planned, state, kind in ledger.staged():
+        if state in ("new", "pending", "changed") or (state == "failed" and kind in options.retry):
+            yield planned
+
+
+def _count(ledger: Ledger, options: RunOptions) -> int:
+    return sum(1 for _ in _work(ledger, options))
+
+
+def _adapters(intake: Intake, ledger: Ledger) -> tuple[Adapter, ...]:
+    counts: dict[str, int] = {}
+    for planned, _, _ in ledger.staged():
+        for lora in planned.task.loras:
+            counts[lora.path] = counts.get(lora.path, 0) + 1
+    files = {path: intake.inputs.lora(path) for path in counts}
+    return tuple(
+        Adapter(path, files[path].digest, files[path].bytes, files[path].rank, counts[path]) for path in counts
+    )
