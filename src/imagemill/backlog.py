@@ -6,6 +6,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TypeAlias
 
 from imagemill.records import Ticket, Try
@@ -58,7 +59,9 @@ class Backlog:
             return
         self._waiting[entry.ordinal] = entry
         if entry.tries:
-            self._waiting.move_to_end(entry.ordinal, last=False)
+            earlier = list(takewhile(lambda ordinal: ordinal < entry.ordinal, self._waiting))
+            for ordinal in (entry.ordinal, *reversed(earlier)):
+                self._waiting.move_to_end(ordinal, last=False)
         heapq.heappush(self._heaps.setdefault(entry.bucket, []), (-entry.ticket.cost, entry.ordinal))
 
     def take(self, entry: Entry) -> None:

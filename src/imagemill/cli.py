@@ -374,16 +374,18 @@ def stop_signals(engine: Engine) -> Iterator[list[int]]:
     code: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if not code:
-            code.append(128 + number)
+        code.append(128 + number)
+        under_way = engine.drain() if len(code) == 1 else engine.cancel()
+        if not under_way:
+            raise KeyboardInterrupt
+        if len(code) == 1:
             print("\nstopping: what is in flight is finished; again to stop at once", file=sys.stderr)
-            engine.drain()
-        else:
-            engine.cancel()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield code
+    except KeyboardInterrupt:
+        raise typer.Exit(code[0] if code else 130) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -401,6 +403,8 @@ def main() -> None:
                 print(f"  {line}", file=sys.stderr)
             print("give --rerun-changed to make them again, or another --out to keep both", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -133,15 +133,22 @@ class Engine:
             self._crew.executor.close()
             self._crew = None
 
-    def drain(self) -> None:
-        """Let the current run end what is in flight and stop. Safe from other threads and from signal handlers."""
-        if self._run is not None:
-            self._run.drain()
+    def drain(self) -> bool:
+        """Let the current run end what is in flight and stop; False if none is under way.
 
-    def cancel(self) -> None:
-        """Stop the current run at once. Safe from other threads and from signal handlers."""
-        if self._run is not None:
-            self._run.cancel()
+        Safe from other threads and from signal handlers, as `cancel` is.
+        """
+        run = self._run
+        if run is not None:
+            run.drain()
+        return run is not None
+
+    def cancel(self) -> bool:
+        """Stop the current run at once; False if none is under way."""
+        run = self._run
+        if run is not None:
+            run.cancel()
+        return run is not None
 
     def run(
         self,
@@ -203,7 +210,7 @@ class Engine:
                 ledger.begin_run(started, self._settings_record(), machine())
                 intake.accept(admission, retry=options.retry)
                 feed, to_do = ledger.work(), ledger.counts().get("pending", 0)
-            stack.enter_context(logs(self._log_folder(path), self.settings.logging.level))
+            stack.enter_context(LogFiles(self._log_folder(path), self.settings.logging.level))
             log.info("run %d in %s: %s tasks to do", ledger.run, path, "an unknown number of" if lazy else to_do)
             yield from self._work(feed, book, ledger, folder, admission, options, to_do)
 
@@ -276,6 +283,8 @@ class Engine:
         )
         output = settings.output
         self._progress.begin(total, labels)
+        workers = {str(number): {"label": label} for number, label in labels.items()}
+        ledger.note_stats({"policy": str(settings.schedule), "workers": workers})
         return Run(
             feed=feed,
             scheduler=Scheduler(labels, settings.schedule.name, settings.schedule.k, limits, crew.workers),
@@ -300,9 +309,13 @@ class Engine:
             need=max(model.spec.memory for model in used),
             tasks=to_do,
         )
-        for line in choice.left_out:
-            log.info("left out: %s", line)
+        for line in (*(f"left out: {line}" for line in choice.left_out), *choice.warnings):
+            log.warning(line)
+            self._progress.note(line)
         alone = len(choice.devices) == 1 and not asked.isolate
+        if alone and choice.devices[0].inline_device.startswith("cuda"):
+            # The device's number counts as nvidia-smi does only so, and only before CUDA starts.
+            os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
         folder = self._log_folder(path)
         specs = {
             number: WorkerSpec(
@@ -402,7 +415,7 @@ def make_settings(given: str | os.PathLike[str] | Settings | None, overrides: Ma
 
 def machine() -> dict[str, Any]:
     """What the ledger says of the machine: system, processors, Python and the libraries that make pictures."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in LIBRARIES:
         try:
             versions[name] = metadata.version(name)
@@ -417,7 +430,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-class logs:
+class LogFiles:
     """Driver and inline worker write to their own files while the block lasts; nothing is printed."""
 
     def __init__(self, folder: Path, level: str) -> None:

@@ -137,6 +137,9 @@ TASK_ERRORS: dict[Kind, type[TaskError]] = {
     error.kind: error for error in (BadTask, BadModel, OutOfMemory, Transient, WorkerGone, TimedOut, BadOutput)
 }
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "cublas_status_alloc_failed")
+"""Parts of the messages of CUDA, torch's allocator on the CPU, the system (ENOMEM) and cuBLAS."""
+
 POISONING = (
     "illegal memory access",
     "device-side assert",
@@ -159,7 +162,7 @@ def classify(error: BaseException) -> TaskError:
     if isinstance(error, TaskError):
         return error
     name, words = type(error).__name__, str(error).lower()
-    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or "out of memory" in words:
+    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or any(part in words for part in OUT_OF_MEMORY):
         return OutOfMemory(_line(error))
     if any(part in words for part in POISONING) or name == "AcceleratorError":
         return WorkerGone(f"the device's context is poisoned: {_line(error)}")

@@ -199,7 +199,10 @@ class _Bench:
     def policy(self, name: str, workers: int) -> PolicyFigures:
         result = self._simulate(self.tickets, name, workers)
         scale = self.total / len(self.tickets)
-        switches = tuple(round(number * scale) for number in result.switches)
+        cold = [min(number, workers) for number in result.switches]  # each worker's first, however many tasks follow
+        switches = tuple(
+            first + round((number - first) * scale) for first, number in zip(cold, result.switches, strict=True)
+        )
         return PolicyFigures(switches, self._scaled(result, scale) if self.known else None)
 
     def table(self, policy: str, most: int) -> tuple[tuple[int, float], ...]:

@@ -119,12 +119,16 @@ class Intake:
         return admission
 
     def _stage_task(self, task: Task, row: Row, seq: int) -> tuple[int, list[Problem]]:
-        """Stage the one or more pictures of a row; returns the next number and what is wrong."""
+        """Stage the one or more pictures of a row, all or none; returns the next number and what is wrong."""
+        first = seq
         found: list[Problem] = []
-        with _as_problem(found, "model"):
-            model = self.models.get(task.model)
-        if found:
-            return seq, found
+        if task.model is None:
+            model = self.models.get(None)  # the run's own: no row is to blame for it
+        else:
+            with _as_problem(found, "model"):
+                model = self.models.get(task.model)
+            if found:
+                return seq, found
         task = plan.resolve(task, row.index, self._defaults, model.planned, self._format)
         task, digests = self._with_digests(task, found)
         found += plan.problems(task, model.planned.family)
@@ -134,12 +138,14 @@ class Intake:
             planned = plan.planned(one, seq, model.planned, digests)
             path = one.output_path or ""
             if not self.folder.holds(path):
-                return seq, [
+                self._ledger.unstage(first)
+                return first, [
                     Problem("output_path", f"{path!r} leads out of the output folder through a link; remove the link")
                 ]
             conflict = self._ledger.stage(planned, row.place)
             if conflict:
-                return seq, [Problem("", conflict)]
+                self._ledger.unstage(first)
+                return first, [conflict]
             seq += 1
         return seq, []
 
@@ -155,7 +161,15 @@ class Intake:
         return (replace(task, loras=tuple(loras)) if loras else task), digests
 
     def check(self, admission: Admission, *, skip_bad: bool, rerun_changed: bool) -> Comparison:
-        """Compare what is staged with the folder. Raises `TaskFileError` or `ChangedTasksError`; then nothing starts."""
+        """Compare what is staged with the folder. Raises `TaskFileError` or `ChangedTasksError`; then nothing starts, and
+        what was staged is forgotten, so that a run that is under way can still be settled."""
+        try:
+            return self._compare(admission, skip_bad=skip_bad, rerun_changed=rerun_changed)
+        except BaseException:
+            self._ledger.abandon()
+            raise
+
+    def _compare(self, admission: Admission, *, skip_bad: bool, rerun_changed: bool) -> Comparison:
         if admission.bad_rows and not skip_bad:
             raise TaskFileError(
                 admission.bad,
@@ -185,12 +199,14 @@ class Intake:
     def accept(self, admission: Admission, *, retry: Iterable[str]) -> int:
         """Make what is staged the work of the ledger's run; returns how many pictures were found damaged."""
         damaged: list[str] = []
+        unkept: list[str] = []
         if self._keeps_files:
             damaged = list(self.folder.damaged(self._ledger.staged_done()))
+            unkept = list(self._ledger.staged_unkept())
             self.folder.sweep({str(PurePosixPath(path).parent) for path in self._ledger.staged_paths()})
         for place, reason in admission.skipped:
             self._ledger.skip(place, reason)
-        self._ledger.apply(retry=tuple(retry), again=damaged)
+        self._ledger.apply(retry=tuple(retry), again=[*damaged, *unkept])
         return len(damaged)
 
 

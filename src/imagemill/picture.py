@@ -9,7 +9,7 @@ from pathlib import PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from imagemill import wire
-from imagemill.errors import BadOutput
+from imagemill.errors import BadOutput, BadTask
 from imagemill.plan import FORMATS
 from imagemill.records import PlannedTask, Task
 
@@ -23,6 +23,7 @@ JPEG_QUALITY = 95
 EXIF_LIMIT = 60_000
 """Bytes: a JPEG holds 64 KiB of EXIF. A longer text is left out; the ledger has it."""
 
+PNG_SIGNATURE, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 IMAGE_DESCRIPTION, EXIF_FOLDER, USER_COMMENT = 0x010E, 0x8769, 0x9286
 
 
@@ -31,10 +32,21 @@ def encode(image: Image, planned: PlannedTask, facts: Mapping[str, Any], *, meta
 
     PNG: text chunks `parameters` (what viewers of this field read) and `imagemill` (the task as JSON).
     JPEG and WebP: the same in EXIF `UserComment` and `ImageDescription`.
+    Raises `BadTask` when the format cannot hold the picture: its mode, or a side over 65,500 (JPEG) or 16,383 (WebP) pixels.
     """
     kind = format_of(planned.task.output_path or "")
-    out = io.BytesIO()
     texts = (parameters(planned.task, facts), task_json(planned, facts)) if metadata else None
+    try:
+        return _write(image, kind, texts)
+    except (OSError, ValueError) as error:
+        # Nothing touches the disk here, so that Pillow's OSError speaks of the picture.
+        raise BadTask(
+            f"a picture of {image.width}x{image.height} {image.mode} cannot be written as {kind}: {error}"
+        ) from error
+
+
+def _write(image: Image, kind: str, texts: tuple[str, str] | None) -> bytes:
+    out = io.BytesIO()
     if kind == "png":
         from PIL.PngImagePlugin import PngInfo
 
@@ -83,11 +95,15 @@ def parameters(task: Task, facts: Mapping[str, Any]) -> str:
     }
     values |= {"Seed": task.seed, "Size": f"{task.width}x{task.height}", "Model": task.model}
     if task.loras:
-        hashes = ", ".join(f"{PurePath(lora.path).stem}: {lora.digest[:12]}" for lora in task.loras)
-        values["Lora hashes"] = f'"{hashes}"'
+        values["Lora hashes"] = ", ".join(f"{PurePath(lora.path).stem}: {lora.digest[:12]}" for lora in task.loras)
     values["Version"] = f"imagemill {facts.get('imagemill', '')}".strip()
-    lines.append(", ".join(f"{name}: {value}" for name, value in values.items() if value is not None))
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items() if value is not None))
     return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    """As `quote` of AUTOMATIC1111/stable-diffusion-webui, `modules/infotext_utils.py`, whose reader viewers follow."""
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',\n:"') else value
 
 
 def check(data: bytes, width: int, height: int) -> None:
@@ -102,6 +118,8 @@ def check(data: bytes, width: int, height: int) -> None:
             size = image.size
     except (OSError, SyntaxError, ValueError) as error:
         raise BadOutput(f"the file does not decode: {error}") from error
+    if data.startswith(PNG_SIGNATURE) and not data.endswith(PNG_END):
+        raise BadOutput("the file does not decode: it does not end with PNG's end chunk")
     if size != (width, height):
         raise BadOutput(f"the file holds {size[0]}x{size[1]} pixels; the task asked for {width}x{height}")
 

@@ -23,6 +23,7 @@ MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_PROMPT = 100_000
 MAX_NAME = 200
+MAX_PATH = 2048
 DEFAULT_SEED = 42
 """The seed of a run that names none; task number i (from 0) then has seed 42 + i."""
 
@@ -127,11 +128,9 @@ def expand(task: Task) -> tuple[Task, ...]:
 def output_path(task: Task, picture_format: str) -> str:
     """Where the picture goes, relative to the output folder: as the task says, else by its id."""
     if task.output_path:
-        return (
-            task.output_path
-            if PurePosixPath(task.output_path).suffix
-            else task.output_path + FORMATS[picture_format][0]
-        )
+        named = bool(PurePosixPath(task.output_path).suffix)
+        # a//b.png and ./a/b.png are a/b.png: one file, one name.
+        return str(PurePosixPath(task.output_path + ("" if named else FORMATS[picture_format][0])))
     return file_stem(task.id) + FORMATS[picture_format][0]
 
 
@@ -144,13 +143,13 @@ def file_stem(name: str) -> str:
     while len(stem.encode()) > 120:
         stem = stem[:-1]
     if stem != name:
-        stem = f"{stem}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+        stem = f"{stem}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}".lstrip("-")
     return stem
 
 
 def problems(task: Task, family: Traits) -> list[Problem]:
     """Everything that is wrong with a resolved task; an empty list means that it can be run."""
-    found = [*_text_problems(task), *_number_problems(task, family), *_path_problems(task.output_path or "")]
+    found = [*_text_problems(task), *_number_problems(task, family), *_path_problems(task)]
     for name in OPTIONAL_FIELDS:
         if getattr(task, name) not in (None, ()) and name not in family.fields:
             found.append(Problem(name, f"the model {task.model!r} (family {family.name}) does not take it; remove it"))
@@ -194,7 +193,7 @@ def _number_problems(task: Task, family: Traits) -> list[Problem]:
         found.append(Problem("steps", "is not known: neither task, run nor model names it; give --steps"))
     elif not 1 <= task.steps <= MAX_STEPS:
         found.append(Problem("steps", f"is {task.steps}; 1 to {MAX_STEPS} are taken"))
-    if task.seed is not None and not 0 <= task.seed <= MAX_SEED:
+    if task.seed is not None and not 0 <= task.seed <= MAX_SEED - max(0, task.num_images - 1):
         found.append(Problem("seed", f"is {task.seed}; 0 to 2**63-1 are taken"))
     if not 1 <= task.num_images <= 10_000:
         found.append(Problem("num_images", f"is {task.num_images}; 1 to 10000 are taken"))
@@ -208,8 +207,10 @@ def _number_problems(task: Task, family: Traits) -> list[Problem]:
     return found
 
 
-def _path_problems(path: str) -> list[Problem]:
+def _path_problems(task: Task) -> list[Problem]:
+    path = task.output_path or ""
     place = PurePosixPath(path)
+    number = f"_{task.num_images}" if task.num_images > 1 else ""
     suffixes = [suffix for known in FORMATS.values() for suffix in known]
 
     def refuse(message: str) -> list[Problem]:
@@ -223,8 +224,10 @@ def _path_problems(path: str) -> list[Problem]:
         return refuse("contains a backslash; write / between folders")
     if ".." in place.parts:
         return refuse("leaves the output folder; remove the '..'")
-    if any(len(part.encode()) > 255 for part in place.parts):
+    if any(len(part.encode()) > 255 for part in (*place.parts, place.name + number)):
         return refuse("has a part longer than 255 bytes; shorten it")
+    if len(path.encode()) > MAX_PATH:
+        return refuse(f"is longer than {MAX_PATH:,} bytes; shorten it")
     if any(part.startswith(".imagemill") for part in place.parts):
         return refuse("starts with .imagemill, which is reserved; choose another name")
     if place.suffix.lower() not in suffixes:

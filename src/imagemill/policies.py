@@ -117,7 +117,7 @@ def _best_fit(worker: Worker, board: Board) -> Entry:
         holders = 0 if all(match) else sum(all(other.match(needs)) for other in others)
         return match, -holders, entry.ticket.cost, -entry.ordinal
 
-    return max(board.backlog.heads(), key=rank)[1]  # type: ignore[arg-type,return-value]
+    return max(board.backlog.heads(), key=rank)[1]
 
 
 def _mates(head: Entry, board: Board, limit: int) -> Iterator[Entry]:

@@ -30,6 +30,9 @@ class Progress(Protocol):
     def begin(self, total: int | None, labels: Mapping[int, str]) -> None:
         """A run begins; `total` tasks (None: not known), `labels` name the workers' devices."""
 
+    def note(self, text: str) -> None:
+        """A line that a person should read before the work starts."""
+
     def event(self, event: Event) -> None:
         """A fact from a worker."""
 
@@ -111,6 +114,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
+def _printable(text: str) -> str:
+    """The text in one line: an id may hold line ends and the escapes of a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 class Silent:
     """Counts and shows nothing: for the library."""
 
@@ -120,6 +128,9 @@ class Silent:
     def begin(self, total: int | None, labels: Mapping[int, str]) -> None:
         """Start counting."""
         self.tally = Tally(total=total, workers={number: WorkerView(label) for number, label in labels.items()})
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
 
     def event(self, event: Event) -> None:
         """Keep what the worker says of itself."""
@@ -141,9 +152,9 @@ class Silent:
         """Keep what the worker works on."""
         view = self.tally.workers[worker]
         view.state = "working"
-        view.task = tasks[0].task.id + (f" +{len(tasks) - 1}" if len(tasks) > 1 else "")
+        view.task = _printable(tasks[0].task.id) + (f" +{len(tasks) - 1}" if len(tasks) > 1 else "")
         names = [f"{lora.path.rsplit('/', 1)[-1]}@{lora.strength:g}" for lora in tasks[0].task.loras]
-        view.adapter = " ".join(names)
+        view.adapter = _printable(" ".join(names))
 
     def settled(self, outcome: Outcome) -> None:
         """Count it."""
@@ -179,6 +190,15 @@ class Plain(Silent):
         self._last = time.monotonic()
         self._said = ""
 
+    def begin(self, total: int | None, labels: Mapping[int, str]) -> None:
+        """Start counting; what an earlier run said may be said again."""
+        super().begin(total, labels)
+        self._said = ""
+
+    def note(self, text: str) -> None:
+        """Print the line."""
+        print(text, file=self._out, flush=True)
+
     def refresh(self, scheduler: Scheduler) -> None:
         """Say how far the run is, when it is time and there is news."""
         super().refresh(scheduler)
@@ -213,6 +233,10 @@ class Terminal(Silent):
         """Start drawing."""
         super().begin(total, labels)
         self._live.start()
+
+    def note(self, text: str) -> None:
+        """Print the line above the display."""
+        self._live.console.print(text, markup=False, highlight=False)
 
     def _render(self) -> RenderableType:
         from rich.console import Group

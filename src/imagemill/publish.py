@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from imagemill.errors import FolderInUseError, InputError
@@ -15,6 +17,8 @@ from imagemill.records import Receipt
 from imagemill.sinks.files import TEMPORARY
 
 LOCK_NAME = ".imagemill.lock"
+PAGE = 1024
+"""Pictures that are looked at together."""
 
 
 class OutputFolder:
@@ -28,6 +32,7 @@ class OutputFolder:
         self.path = path
         self._lock = -1
         self._unsynced: set[Path] = set()
+        self._rooted: set[Path] = set()
         self._inside: dict[Path, bool] = {}
         try:
             if create:
@@ -61,10 +66,13 @@ class OutputFolder:
             self._lock = -1
 
     def holds(self, relative: str) -> bool:
-        """Whether the path stays inside the folder once links are followed."""
+        """Whether the path stays inside the folder once links are followed; a link that leads round in a circle does not."""
         parent = (self._root / relative).parent
         if parent not in self._inside:
-            self._inside[parent] = parent.resolve().is_relative_to(self._root)
+            try:
+                self._inside[parent] = parent.resolve().is_relative_to(self._root)
+            except (OSError, RuntimeError):
+                self._inside[parent] = False
         return self._inside[parent]
 
     def occupied(self, relative: str) -> bool:
@@ -78,7 +86,15 @@ class OutputFolder:
         final = self._root / receipt.path
         os.replace(self._root / receipt.temporary, final)
         self._unsynced.add(final.parent)
+        self._root_down(final.parent)
         return str(final)
+
+    def _root_down(self, folder: Path) -> None:
+        """A folder may have been made for its first picture: its own name is durable once the one above it is synced."""
+        while folder != self._root and folder not in self._rooted:
+            self._rooted.add(folder)
+            folder = folder.parent
+            self._unsynced.add(folder)
 
     def sync(self) -> None:
         """Make the renames since the last call survive a power cut."""
@@ -99,10 +115,13 @@ class OutputFolder:
 
     def damaged(self, pictures: Iterable[tuple[str, str, str]]) -> Iterator[str]:
         """The ids of pictures (id, path, sha256) that are gone, are no plain file, or have other content."""
+        waiting = iter(pictures)
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            for name, whole in pool.map(self._is_whole, pictures):
-                if not whole:
-                    yield name
+            # By pages: the pool would take in a million pictures at once.
+            while page := list(islice(waiting, PAGE)):
+                for name, whole in pool.map(self._is_whole, page):
+                    if not whole:
+                        yield name
 
     def _is_whole(self, picture: tuple[str, str, str]) -> tuple[str, bool]:
         name, path, sha256 = picture
@@ -110,8 +129,8 @@ class OutputFolder:
             return name, True
         place = self._root / path
         try:
-            return name, not place.is_symlink() and digest_file(place) == sha256
-        except OSError:
+            return name, stat.S_ISREG(place.lstat().st_mode) and digest_file(place) == sha256
+        except (OSError, InputError):
             return name, False
 
     def sweep(self, folders: Iterable[str]) -> int:
@@ -120,7 +139,8 @@ class OutputFolder:
         for folder in folders:
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self._root / folder) as entries:
                 for entry in entries:
-                    if entry.name.startswith(TEMPORARY) and entry.name.endswith(".part"):
+                    ours = entry.name.startswith(TEMPORARY) and entry.name.endswith(".part")
+                    if ours and not entry.is_dir(follow_symlinks=False):
                         os.unlink(entry.path)
                         removed += 1
         return removed

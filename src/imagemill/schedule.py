@@ -340,7 +340,7 @@ class Scheduler:
                 break
             if not self.policy.may(worker, self.board):
                 continue
-            retry = next((e for e in self.board.backlog.retries(now) if self._takes(worker, e)), None)
+            retry = next((e for e in self.board.backlog.retries(now) if self._takes(worker, e, now)), None)
             entries = [retry] if retry else self.policy.choose(worker, self.board)
             if entries:
                 commands.append(self._dispatch(worker, entries, now))
@@ -353,15 +353,17 @@ class Scheduler:
         self._started = not pending
         return self._started
 
-    def _takes(self, worker: Worker, entry: Entry) -> bool:
+    def _takes(self, worker: Worker, entry: Entry, now: float) -> bool:
         """A worker that a task has failed on gets it again only if no other worker could."""
         if worker.id not in entry.avoid:
             return True
-        others = (other for other in self.board.workers.values() if other.id not in entry.avoid)
+        crew = self._crew(now)
         return not any(
-            other.state in ("waiting", "loading", "busy", "absent", "ending")
+            other.state in ("waiting", "loading", "busy", "ending")
+            or (other.state == "absent" and other in crew)
             or (other.state == "idle" and self.policy.may(other, self.board))
-            for other in others
+            for other in self.board.workers.values()
+            if other.id not in entry.avoid
         )
 
     def _dispatch(self, worker: Worker, entries: Sequence[Entry], now: float) -> Dispatch:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -43,16 +42,19 @@ class FrameError(ValueError):
     """The other side sent what is no frame."""
 
 
-@cache
+_adapters: dict[type[Any], TypeAdapter[Any]] = {}
+
+
 def adapter(kind: type[T]) -> TypeAdapter[T]:
-    """pydantic's reader and writer for a record."""
-    return TypeAdapter(kind)
+    """pydantic's reader and writer for a record, made once."""
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind]
 
 
 def to_json(record: Any) -> bytes:
     """A record as compact JSON in UTF-8."""
-    text: bytes = adapter(type(record)).dump_json(record)
-    return text
+    return adapter(type(record)).dump_json(record)
 
 
 def task_from_json(text: str | bytes) -> Task:
@@ -101,6 +103,6 @@ def parse(body: bytes) -> Any:
     if kind is None:
         raise FrameError(f"a frame of an unknown kind: {name[:40]!r}")
     try:
-        return adapter(kind).validate_json(text)
+        return adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         raise FrameError(f"a {kind.__name__} frame does not read: {error.error_count()} errors") from error

@@ -30,7 +30,7 @@ class InlineExecutor:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._killed_at = 0.0
-        self._worker = 0
+        self._live = False
 
     @property
     def pids(self) -> dict[int, int]:
@@ -44,7 +44,7 @@ class InlineExecutor:
         if self._thread is not None:
             self._thread.join(GRACE)
         self._stop, self._inbox, self._killed_at = threading.Event(), queue.SimpleQueue(), 0.0
-        self._worker = specs[0].worker
+        self._live = True
         self._thread = threading.Thread(
             target=self._serve, args=(specs[0], self._inbox, self._stop), name="imagemill-worker", daemon=True
         )
@@ -57,25 +57,20 @@ class InlineExecutor:
 
         worker = Worker(spec, self._outbox.put, check)
         log.info("worker %d on %s (%s), inside this process", spec.worker, spec.label, spec.device)
-        reason = ""
+        told, reason = False, "stopped"
         try:
-            if not worker.prepare():
-                return
-            while not stop.is_set():
-                match inbox.get():
-                    case wire.LoadModel():
-                        if not worker.load():
-                            return
-                    case WorkOrder() as order:
-                        worker.work(order)
-                    case _:
-                        break
+            try:
+                told = not _take_orders(worker, inbox, stop)
+            finally:
+                worker.close()
         except Cancelled:
             reason = "stopped at a step"
-        finally:
-            worker.close()
-        if stop.is_set():
-            self._outbox.put(WorkerLost(spec.worker, message=reason or "stopped"))
+        except Exception as error:
+            # A thread that ends in silence would be waited for until its deadline.
+            log.exception("the worker broke")
+            reason = f"it broke: {type(error).__name__}: {error}"
+        if not told:
+            self._outbox.put(WorkerLost(spec.worker, message=reason))
 
     def load(self, worker: int) -> None:
         """Tell the worker to load."""
@@ -100,13 +95,15 @@ class InlineExecutor:
         except queue.Empty:
             pass
         if any(isinstance(event, WorkerLost) for event in found):
-            self._killed_at = 0.0
+            self._killed_at, self._live = 0.0, False
         elif self._killed_at and time.monotonic() >= self._killed_at + GRACE:
             raise NoWorkersError("the worker inside this process hangs and cannot be ended; run again with --isolate")
         return found
 
     def kill(self, worker: int) -> None:
-        """Make the thread stop at its next beat."""
+        """Make the thread stop at its next beat; one that was lost before is left alone."""
+        if not self._live:
+            return
         self._stop.set()
         self._killed_at = time.monotonic()
         self._inbox.put(wire.Leave())
@@ -122,6 +119,22 @@ class InlineExecutor:
         if self._thread is not None:
             self._thread.join(GRACE)
             self._thread = None
+
+
+def _take_orders(worker: Worker, inbox: queue.SimpleQueue[Any], stop: threading.Event) -> bool:
+    """Take messages until told to stop; False when the model does not load, which the worker has told itself."""
+    if not worker.prepare():
+        return False
+    while not stop.is_set():
+        match inbox.get():
+            case wire.LoadModel():
+                if not worker.load():
+                    return False
+            case WorkOrder() as order:
+                worker.work(order)
+            case _:
+                break
+    return True
 
 
 def create() -> InlineExecutor:

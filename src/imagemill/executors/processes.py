@@ -180,6 +180,8 @@ class ProcessExecutor:
             return False
         except wire.FrameError as error:
             link.last_words = WorkerLost(link.worker, message=f"it sent garbage: {error}")
+            # It would not end by itself, and the driver would wait for its end.
+            link.kill()
             return False
         return True
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Protocol
 
 from imagemill.errors import BadModel, TaskError
@@ -63,8 +64,10 @@ class Runner(Protocol):
 
 
 def create(name: str, device: str, threads: int) -> Runner:
-    """The runner of that name, for the device as the worker sees it."""
-    if name not in ("diffusion", "fake"):
+    """The runner of that name (a file of this folder), for the device as the worker sees it."""
+    names = [module.name for module in iter_modules(__path__)]
+    module = import_module(f"imagemill.runners.{name}") if name in names else None
+    if not hasattr(module, "create"):
         raise BadModel(f"there is no runner {name!r}")
-    runner: Runner = import_module(f"imagemill.runners.{name}").create(device, threads)
+    runner: Runner = module.create(device, threads)  # type: ignore[union-attr]
     return runner

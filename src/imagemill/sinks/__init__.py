@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Protocol
 
 from imagemill.errors import BadTask
@@ -39,8 +40,8 @@ class Sink(Protocol):
 
 
 def create(spec: SinkSpec) -> Sink:
-    """The sink that the spec names."""
-    if spec.kind not in ("files", "none"):
+    """The sink that the spec names by its file in this folder."""
+    if spec.kind not in [module.name for module in iter_modules(__path__)]:
         raise BadTask(f"there is no sink {spec.kind!r}")
     sink: Sink = import_module(f"imagemill.sinks.{spec.kind}").create(spec)
     return sink

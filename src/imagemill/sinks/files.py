@@ -66,7 +66,14 @@ class FileSink:
             return
         if not folder.resolve().is_relative_to(self.root):
             raise BadTask(f"{folder} leads out of the output folder through a link")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            if not self.root.is_dir():
+                raise
+            raise BadTask(
+                f"{folder} cannot be a folder: a file stands there or above; choose another output_path"
+            ) from error
         self._checked.add(folder)
 
 
