@@ -214,13 +214,8 @@ def choose(
     `gpu_ids` count as torch does: they are places in `CUDA_VISIBLE_DEVICES` if that is set, else nvidia-smi's numbers.
     `need` is the model's need in bytes. Raises `InputError` when what was asked for is not there.
     """
-    asked = bool(gpu_ids) or isinstance(gpus, int)
-    if device == "cpu":
-        if asked:
-            raise InputError("--gpus and --gpu-ids name GPUs, --device says cpu; remove one of them")
-        return _cpu(workers, need, tasks)
-    found = _machine()
-    if device == "auto" and not asked and not (found and torch_cuda()):
+    found = _machine() if device != "cpu" else ()
+    if kind(device, gpus, gpu_ids) == "cpu":
         return _cpu(workers, need, tasks, (f"{len(found)} GPUs are not used: {CPU_BUILD}",) if found else ())
     _check_usable(found)
     places, left_out, warnings = _by_ids(found, gpu_ids, gpus, need) if gpu_ids else _by_memory(found, gpus, need)
@@ -228,6 +223,21 @@ def choose(
         raise InputError(f"--workers {workers} is more than the {len(places)} GPUs in use; one worker a GPU")
     limit = min(len(places), workers or len(places), len(places) if tasks is None else tasks)
     return Choice(tuple(_cuda(found[place], place) for place in places[:limit]), left_out, warnings)
+
+
+def kind(
+    device: Literal["auto", "cuda", "cpu"] = "auto", gpus: Count = "auto", gpu_ids: Sequence[int] | None = None
+) -> Literal["cuda", "cpu"]:
+    """The kind of device that `choose` takes: `auto` is cuda when GPUs are asked for, or there and usable.
+
+    Raises `InputError` when GPUs are asked for although the device is the CPU.
+    """
+    asked = bool(gpu_ids) or isinstance(gpus, int)
+    if device == "cpu" and asked:
+        raise InputError("--gpus and --gpu-ids name GPUs, --device says cpu; remove one of them")
+    if device == "auto":
+        return "cuda" if asked or (torch_cuda() and _machine()) else "cpu"
+    return device
 
 
 def _machine() -> tuple[Gpu, ...]:

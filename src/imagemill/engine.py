@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -195,7 +196,7 @@ class Engine:
             ledger = Ledger(options.ledger or path / FILE_NAME, folder=path.resolve())
             stack.callback(ledger.close)
             stack.callback(ledger.abandon)
-            book = Models(models.resolve, self.settings.model or DEFAULT_MODEL)
+            book = find_models(self.settings)
             intake = Intake(self.settings, book, ledger, folder, overwrite=options.overwrite)
             started = time.time()
             if lazy:
@@ -363,6 +364,13 @@ class Engine:
     def _log_folder(self, path: Path) -> Path:
         given = self.settings.logging.folder
         return Path(given) if given else path / "logs"
+
+
+def find_models(settings: Settings) -> Models:
+    """The models of a run. Their precision is part of their revision: bfloat16 on GPUs, float32 on the CPU."""
+    asked = settings.devices
+    dtype = "bfloat16" if devices.kind(asked.device, asked.gpus, asked.gpu_ids) == "cuda" else "float32"
+    return Models(partial(models.resolve, dtype=dtype), settings.model or DEFAULT_MODEL)
 
 
 def family_batch(model: models.Model) -> int:

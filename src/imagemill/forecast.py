@@ -10,9 +10,9 @@ from pathlib import Path
 from imagemill import devices, estimate, models, sources
 from imagemill.config import Settings
 from imagemill.devices import Choice
-from imagemill.engine import DEFAULT_MODEL, Engine, RunOptions, family_batch
+from imagemill.engine import Engine, RunOptions, family_batch, find_models
 from imagemill.estimate import Estimate, Group
-from imagemill.intake import Admission, Intake, Models
+from imagemill.intake import Admission, Intake
 from imagemill.ledger import FILE_NAME, Comparison, Ledger
 from imagemill.publish import OutputFolder
 from imagemill.records import PlannedTask
@@ -56,7 +56,7 @@ def forecast(source: str, out: Path | None, settings: Settings, options: RunOpti
     known = folder / FILE_NAME
     ledger = Ledger(known, read_only=True) if known.is_file() else Ledger(Path(":memory:"), folder=folder)
     try:
-        book = Models(models.resolve, settings.model or DEFAULT_MODEL)
+        book = find_models(settings)
         intake = Intake(settings, book, ledger, OutputFolder(folder, exclusive=False, create=False))
         admission = intake.stage(sources.open_source(source, prompt_column=options.prompt_column), limit=options.limit)
         comparison = intake.check(admission, skip_bad=options.skip_bad, rerun_changed=options.rerun_changed)

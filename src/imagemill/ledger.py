@@ -126,6 +126,7 @@ class Ledger:
         # About 2 microseconds a task, and better now than in the middle of a run.
         verdict = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if verdict != "ok":
+            verdict = " ".join(verdict.split())
             raise LedgerError(f"{self.path}: the ledger is damaged ({verdict}); move it away to start over")
 
     def close(self) -> None:

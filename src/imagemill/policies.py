@@ -109,15 +109,18 @@ class Dynamic:
 
 def _best_fit(worker: Worker, board: Board) -> Entry:
     """Most needs satisfied; then needs nobody else holds, so that workers do not all load one adapter; then the longest."""
-    others = [other for other in board.workers.values() if other is not worker and other.live]
+    heads = list(board.backlog.heads())
+    matches = [worker.match(needs) for (needs, _), _ in heads]
+    best = max(matches)
+    fitting = [head for head, match in zip(heads, matches, strict=True) if match == best]
+    others = [other.resident for other in board.workers.values() if other is not worker and other.live]
 
-    def rank(item: tuple[Bucket, Entry]) -> tuple[object, ...]:
-        (needs, _), entry = item
-        match = worker.match(needs)
-        holders = 0 if all(match) else sum(all(other.match(needs)) for other in others)
-        return match, -holders, entry.ticket.cost, -entry.ordinal
+    def rank(head: tuple[Bucket, Entry]) -> tuple[int, float, int]:
+        (needs, _), entry = head
+        holders = 0 if all(best) else sum(resident.issuperset(needs) for resident in others)
+        return -holders, entry.ticket.cost, -entry.ordinal
 
-    return max(board.backlog.heads(), key=rank)[1]
+    return max(fitting, key=rank)[1]
 
 
 def _mates(head: Entry, board: Board, limit: int) -> Iterator[Entry]:

@@ -42,6 +42,11 @@ LOSSES_AT_MOST = 10
 """A worker that was lost this often in a row without one finished task is not started again."""
 LOADS_AT_MOST = 3
 """A device on which loading failed this often in a row is quarantined."""
+READ_AHEADS = 4
+"""How many times `read_ahead` a task may be passed over, and settled tasks may wait for an earlier one.
+
+At once, not four times, nearly every choice of a long mixed run would go to the oldest task, against all affinity.
+"""
 BLAME_AT_MOST = 3
 """A device is quarantined when this many tasks in a row failed on it and succeeded elsewhere."""
 
@@ -83,7 +88,7 @@ class Scheduler:
             workers={number: _fresh(number, device, (crew or {}).get(number)) for number, device in workers.items()},
             backlog=Backlog(),
             batch_limit=self._batch_limit,
-            patience=self.limits.read_ahead,
+            patience=READ_AHEADS * self.limits.read_ahead,
         )
         self._arrived = 0
         self._unsettled: OrderedDict[int, Entry] = OrderedDict()
@@ -121,7 +126,7 @@ class Scheduler:
         held_back = self._arrived - oldest.ordinal if oldest else 0
         # Lockstep waits for a full round: less than that read ahead would never fill one.
         ahead = max(self.limits.read_ahead, 2 * len(self.board.workers))
-        return max(0, min(ahead - len(self.board.backlog), 4 * ahead - held_back))
+        return max(0, min(ahead - len(self.board.backlog), READ_AHEADS * ahead - held_back))
 
     def wake_at(self) -> float | None:
         """When a `Tick` will change something; None if only an event can. Never before the last event."""
