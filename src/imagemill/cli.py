@@ -330,7 +330,10 @@ def _run(source: str, out: Path | None, settings: Settings, options: RunOptions,
             "or a hub repository; `imagemill models` lists the known ones.",
             err=True,
         )
-    with Engine(config=settings, show=progress.create(quiet=quiet)) as engine, stop_signals(engine) as stopped:
+    with (
+        Engine(config=settings, show=progress.create(quiet=quiet), keep=False) as engine,
+        stop_signals(engine) as stopped,
+    ):
         folder = out if out is not None else engine.default_folder(source)
         fault: ImagemillError | None = None
         try:

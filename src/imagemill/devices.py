@@ -217,7 +217,6 @@ def choose(
     found = _machine() if device != "cpu" else ()
     if kind(device, gpus, gpu_ids) == "cpu":
         return _cpu(workers, need, tasks, (f"{len(found)} GPUs are not used: {CPU_BUILD}",) if found else ())
-    _check_usable(found)
     places, left_out, warnings = _by_ids(found, gpu_ids, gpus, need) if gpu_ids else _by_memory(found, gpus, need)
     if workers is not None and workers > len(places):
         raise InputError(f"--workers {workers} is more than the {len(places)} GPUs in use; one worker a GPU")
@@ -230,14 +229,15 @@ def kind(
 ) -> Literal["cuda", "cpu"]:
     """The kind of device that `choose` takes: `auto` is cuda when GPUs are asked for, or there and usable.
 
-    Raises `InputError` when GPUs are asked for although the device is the CPU.
+    Raises `InputError` when GPUs are asked for although the device is the CPU, or there is none to use.
     """
     asked = bool(gpu_ids) or isinstance(gpus, int)
     if device == "cpu" and asked:
         raise InputError("--gpus and --gpu-ids name GPUs, --device says cpu; remove one of them")
-    if device == "auto":
-        return "cuda" if asked or (torch_cuda() and _machine()) else "cpu"
-    return device
+    if device == "cpu" or (device == "auto" and not asked and not (torch_cuda() and _machine())):
+        return "cpu"
+    _check_usable(_machine())
+    return "cuda"
 
 
 def _machine() -> tuple[Gpu, ...]:

@@ -9,40 +9,37 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
-from importlib import metadata
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from imagemill import config, devices, models, progress, sources
+from imagemill import config, crew, progress, sources
 from imagemill.config import Settings
+from imagemill.crew import Crew
+from imagemill.devices import Choice
 from imagemill.errors import ImagemillError, InputError, NoWorkersError
-from imagemill.executors import Executor, inline, processes
 from imagemill.intake import Admission, Intake, Models
-from imagemill.ledger import FILE_NAME, Comparison, Ledger
-from imagemill.policies import Worker
+from imagemill.ledger import FILE_NAME, Ledger
+from imagemill.logfiles import DRIVER, LogFiles
 from imagemill.progress import Progress
 from imagemill.publish import OutputFolder
-from imagemill.records import Outcome, PlannedTask, SinkSpec, Task, WorkerSpec
+from imagemill.records import Outcome, PlannedTask, SinkSpec, Task
 from imagemill.run import Run
-from imagemill.runners.fake import LABEL_VARIABLE
-from imagemill.schedule import Limits, Scheduler
-from imagemill.version import __version__
+from imagemill.schedule import Scheduler
+from imagemill.version import __version__, machine
 
-DEFAULT_MODEL = "tiny"
 CHUNK = 256
 """Tasks of an iterator that are taken in together."""
 
-LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pillow")
-log = logging.getLogger("imagemill.driver")
+Feed = Iterator[tuple[PlannedTask, Outcome | None]]
+"""The work of a run in order; a task that an earlier run settled comes with its outcome."""
+
+log = logging.getLogger(DRIVER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +76,14 @@ class RunReport:
     left_out: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
-class Crew:
-    """The workers that an engine keeps between runs."""
-
-    executor: Executor
-    specs: dict[int, WorkerSpec]
-    left_out: tuple[str, ...]
-    workers: dict[int, Worker] = field(default_factory=dict)
-
-
 class Engine:
     """Runs tasks on every device it was given and keeps the workers, with their models, between runs.
 
+    With `keep=False`, for a single run, no more devices are taken than that run has tasks. Use the engine from one
+    thread that outlives it: the kernel ends worker processes with the thread that started them.
+
     Use it as a context manager: leaving the block ends every process and frees all device memory. Settings are those of
-    the YAML file; `settings` are its dotted keys with `_` for `.`, or the short names of `imagemill.run`.
+    the YAML file; `settings` are its dotted keys, or the short names of `imagemill.run`.
     Raises `InputError` (or one below it) for mistakes, before anything starts.
     """
 
@@ -109,12 +99,14 @@ class Engine:
         schedule: str | None = None,
         config: str | os.PathLike[str] | Settings | None = None,
         show: Progress | None = None,
+        keep: bool = True,
         **settings: Any,
     ) -> None:
         given = {"model": model, "gpus": gpus, "gpu_ids": gpu_ids, "workers": workers, "device": device}
         self.settings = make_settings(config, {**given, "isolate": isolate, "schedule": schedule, **settings})
         self.report: RunReport | None = None
         self._progress = show or progress.Silent()
+        self._keep = keep
         self._crew: Crew | None = None
         self._run: Run | None = None
         self._closed = False
@@ -196,41 +188,52 @@ class Engine:
             ledger = Ledger(options.ledger or path / FILE_NAME, folder=path.resolve())
             stack.callback(ledger.close)
             stack.callback(ledger.abandon)
-            book = find_models(self.settings)
+            book = crew.find_models(self.settings)
             intake = Intake(self.settings, book, ledger, folder, overwrite=options.overwrite)
-            started = time.time()
             if lazy:
-                admission = Admission()
+                admission, to_do = Admission(), None
                 book.get(None)
-                ledger.begin_run(started, self._settings_record(), machine())
+                choice = self._choose(book, to_do)
+                self._begin(ledger)
                 feed = _read_as_needed(rows, intake, admission, ledger, options)
-                to_do = None
             else:
                 admission = intake.stage(rows, limit=options.limit)
-                intake.check(admission, skip_bad=options.skip_bad, rerun_changed=options.rerun_changed)
-                ledger.begin_run(started, self._settings_record(), machine())
-                intake.accept(admission, retry=options.retry)
-                feed, to_do = ledger.work(), ledger.counts().get("pending", 0)
+                comparison = intake.check(admission, skip_bad=options.skip_bad, rerun_changed=options.rerun_changed)
+                damaged = intake.damaged()
+                to_do = comparison.to_do(options.retry) + len(damaged)
+                choice = self._choose(book, to_do)
+                self._begin(ledger)
+                intake.accept(admission, retry=options.retry, again=damaged)
+                feed = ledger.work()
             stack.enter_context(LogFiles(self._log_folder(path), self.settings.logging.level))
-            log.info("run %d in %s: %s tasks to do", ledger.run, path, "an unknown number of" if lazy else to_do)
-            yield from self._work(feed, book, ledger, folder, admission, options, to_do)
+            log.info(
+                "run %d in %s: %s tasks to do", ledger.run, path, "an unknown number of" if to_do is None else to_do
+            )
+            if choice is not None:
+                self._crew = crew.hire(choice, self.settings, book.used()[0].spec, self._log_folder(path))
+            yield from self._work(feed, book, ledger, folder, admission, to_do)
+
+    def _begin(self, ledger: Ledger) -> None:
+        ledger.begin_run(time.time(), {"imagemill": __version__, **self.settings.model_dump(mode="json")}, machine())
+
+    def _choose(self, book: Models, to_do: int | None) -> Choice | None:
+        """The devices for the workers; None where nothing is to do or the workers are there already."""
+        if to_do == 0 or self._crew is not None:
+            return None
+        choice = crew.choose(self.settings, book.used(), None if self._keep else to_do)
+        for line in (*(f"left out: {line}" for line in choice.left_out), *choice.warnings):
+            self._progress.note(line)
+        return choice
 
     def _work(
-        self,
-        feed: Iterator[tuple[PlannedTask, Outcome | None]],
-        book: Models,
-        ledger: Ledger,
-        folder: OutputFolder,
-        admission: Admission,
-        options: RunOptions,
-        to_do: int | None,
+        self, feed: Feed, book: Models, ledger: Ledger, folder: OutputFolder, admission: Admission, to_do: int | None
     ) -> Iterator[Outcome]:
         """Run what is to do, then close the books: the ledger's run, the report of this call."""
         begun = time.monotonic()
         status, message, run = "died", "", None
         try:
-            if to_do != 0:
-                run = self._run = self._start(feed, book, ledger, folder, to_do)
+            if to_do != 0 and self._crew is not None:
+                run = self._run = self._start(self._crew, feed, book, ledger, folder, known=to_do is not None)
                 yield from run.outcomes()
                 if run.error:
                     raise run.error
@@ -249,14 +252,15 @@ class Engine:
                 self._crew.workers = run.scheduler.board.workers
             self._run = None
             self._progress.end()
-            ledger.end_run(time.time(), status, self._stats(run))
+            stats = {"policy": str(self.settings.schedule), **(run.stats() if run is not None else {})}
+            ledger.end_run(time.time(), status, stats)
             self.report = self._report(ledger, folder, admission, status, message, time.monotonic() - begun)
         if status == "no_workers":
             raise NoWorkersError(f"no worker is left: {message}; what is done is kept, the same command goes on")
         if status == "bad_model":
             raise InputError(f"the model does not load: {message}")
 
-    def _settled(self, feed: Iterator[tuple[PlannedTask, Outcome | None]], ledger: Ledger) -> Iterator[Outcome]:
+    def _settled(self, feed: Feed, ledger: Ledger) -> Iterator[Outcome]:
         """Nothing is to do: no worker starts."""
         self._progress.begin(sum(ledger.counts().values()), {})
         for _, outcome in feed:
@@ -265,73 +269,25 @@ class Engine:
                 yield outcome
 
     def _start(
-        self,
-        feed: Iterator[tuple[PlannedTask, Outcome | None]],
-        book: Models,
-        ledger: Ledger,
-        folder: OutputFolder,
-        to_do: int | None,
+        self, hired: Crew, feed: Feed, book: Models, ledger: Ledger, folder: OutputFolder, *, known: bool
     ) -> Run:
-        used = book.used()
-        if self._crew is None:
-            self._crew = self._hire(used, folder.path, to_do)
-        crew, settings = self._crew, self.settings
-        total = sum(ledger.counts().values()) if to_do is not None else None
-        labels = {number: spec.label for number, spec in crew.specs.items()}
-        limits = Limits(
-            **settings.limits.model_dump(),
-            batch={f"model:{model.spec.name}": min(settings.batch_size, family_batch(model)) for model in used},
-        )
-        output = settings.output
-        self._progress.begin(total, labels)
-        workers = {str(number): {"label": label} for number, label in labels.items()}
+        settings, output, used = self.settings, self.settings.output, book.used()
+        self._progress.begin(sum(ledger.counts().values()) if known else None, hired.labels)
+        workers = {str(number): {"label": label} for number, label in hired.labels.items()}
         ledger.note_stats({"policy": str(settings.schedule), "workers": workers})
+        bounds = crew.limits(settings, used)
         return Run(
             feed=feed,
-            scheduler=Scheduler(labels, settings.schedule.name, settings.schedule.k, limits, crew.workers),
-            executor=crew.executor,
-            specs=crew.specs,
-            models={model.spec.name: model.spec for model in used},
+            scheduler=Scheduler(hired.labels, settings.schedule.name, settings.schedule.k or 1, bounds, hired.workers),
+            executor=hired.executor,
+            specs=hired.specs,
+            models=book,
             sink=SinkSpec(output.sink, str(folder.path.resolve()), output.format, output.metadata),
             ledger=ledger,
             folder=folder,
             progress=self._progress,
             started=time.time(),
         )
-
-    def _hire(self, used: Sequence[models.Model], path: Path, to_do: int | None) -> Crew:
-        """Choose devices that hold the model and make the executor; the scheduler starts the workers."""
-        asked, settings = self.settings.devices, self.settings
-        choice = devices.choose(
-            device=asked.device,
-            gpus=asked.gpus,
-            gpu_ids=asked.gpu_ids or None,
-            workers=asked.workers,
-            need=max(model.spec.memory for model in used),
-            tasks=to_do,
-        )
-        for line in (*(f"left out: {line}" for line in choice.left_out), *choice.warnings):
-            log.warning(line)
-            self._progress.note(line)
-        alone = len(choice.devices) == 1 and not asked.isolate
-        if alone and choice.devices[0].inline_device.startswith("cuda"):
-            # The device's number counts as nvidia-smi does only so, and only before CUDA starts.
-            os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-        folder = self._log_folder(path)
-        specs = {
-            number: WorkerSpec(
-                worker=number,
-                device=device.inline_device if alone else device.torch_device,
-                label=device.label,
-                model=used[0].spec,
-                environment={**device.environment, LABEL_VARIABLE: device.label},
-                log="" if alone else str(folder / f"worker-{number}.log"),
-                log_level=settings.logging.level,
-            )
-            for number, device in enumerate(choice.devices)
-        }
-        executor: Executor = inline.create() if alone else processes.create()
-        return Crew(executor, specs, choice.left_out)
 
     # --- the books --------------------------------------------------------------------------------------------------
 
@@ -351,42 +307,23 @@ class Engine:
             status=status,
             message=message,
             exit_code=0 if status == "done" and not failed and not pending else 1,
-            left_out=self._crew.left_out if self._crew else (),
+            left_out=self._crew.choice.left_out if self._crew else (),
         )
-
-    def _stats(self, run: Run | None) -> dict[str, Any]:
-        policy = str(self.settings.schedule)
-        return {"policy": policy, **(run.stats() if run is not None else {})}
-
-    def _settings_record(self) -> dict[str, Any]:
-        return {"imagemill": __version__, **self.settings.model_dump(mode="json")}
 
     def _log_folder(self, path: Path) -> Path:
         given = self.settings.logging.folder
         return Path(given) if given else path / "logs"
 
 
-def find_models(settings: Settings) -> Models:
-    """The models of a run. Their precision is part of their revision: bfloat16 on GPUs, float32 on the CPU."""
-    asked = settings.devices
-    dtype = "bfloat16" if devices.kind(asked.device, asked.gpus, asked.gpu_ids) == "cuda" else "float32"
-    return Models(partial(models.resolve, dtype=dtype), settings.model or DEFAULT_MODEL)
-
-
-def family_batch(model: models.Model) -> int:
-    """How many tasks the model's family can run at once."""
-    return int(getattr(model.planned.family, "max_batch", 1))
-
-
 def _read_as_needed(
     rows: Iterator[sources.Row], intake: Intake, total: Admission, ledger: Ledger, options: RunOptions
-) -> Iterator[tuple[PlannedTask, Outcome | None]]:
+) -> Feed:
     """Take an iterator in by chunks; each chunk is checked before its first task starts."""
     rows = islice(rows, options.limit)
     while chunk := list(islice(rows, CHUNK)):
         admission = intake.stage(chunk, first=total.tasks)
         intake.check(admission, skip_bad=options.skip_bad, rerun_changed=options.rerun_changed)
-        intake.accept(admission, retry=options.retry)
+        intake.accept(admission, retry=options.retry, again=intake.damaged())
         first = total.tasks
         total.tasks += admission.tasks
         total.skipped += admission.skipped
@@ -421,49 +358,6 @@ def make_settings(given: str | os.PathLike[str] | Settings | None, overrides: Ma
     return config.merge(base, keys, {key: name for name, key in SHORT_NAMES.items()})
 
 
-def machine() -> dict[str, Any]:
-    """What the ledger says of the machine: system, processors, Python and the libraries that make pictures."""
-    versions: dict[str, str | None] = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return {
-        "system": platform.platform(),
-        "processors": os.cpu_count(),
-        "python": sys.version.split()[0],
-        "imagemill": __version__,
-        **versions,
-    }
-
-
-class LogFiles:
-    """Driver and inline worker write to their own files while the block lasts; nothing is printed."""
-
-    def __init__(self, folder: Path, level: str) -> None:
-        self.folder = folder
-        self.level = level.upper()
-        self._handlers: list[tuple[logging.Logger, logging.Handler]] = []
-
-    def __enter__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name, file in (("imagemill.driver", "driver.log"), ("imagemill.worker", "worker-0.log")):
-            logger = logging.getLogger(name)
-            handler = logging.FileHandler(self.folder / file, encoding="utf-8", delay=True)
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-            logger.addHandler(handler)
-            logger.setLevel(self.level)
-            logger.propagate = False
-            self._handlers.append((logger, handler))
-
-    def __exit__(self, *_: object) -> None:
-        for logger, handler in self._handlers:
-            logger.removeHandler(handler)
-            handler.close()
-            logger.propagate = True
-
-
 def run(
     source: str | os.PathLike[str] | Iterable[Task | Mapping[str, Any] | str],
     out: str | os.PathLike[str] | None = None,
@@ -477,7 +371,7 @@ def run(
     """
     from imagemill.report import write_reports
 
-    with Engine(**settings) as engine:
+    with Engine(keep=False, **settings) as engine:
         folder = Path(out) if out is not None else engine.default_folder(source)
         for _ in engine.run(source, folder, options):
             pass

@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagemill import devices, estimate, models, sources
+from imagemill import crew, devices, estimate, models, sources
 from imagemill.config import Settings
 from imagemill.devices import Choice
-from imagemill.engine import Engine, RunOptions, family_batch, find_models
+from imagemill.engine import Engine, RunOptions
 from imagemill.estimate import Estimate, Group
 from imagemill.intake import Admission, Intake
 from imagemill.ledger import FILE_NAME, Comparison, Ledger
 from imagemill.publish import OutputFolder
 from imagemill.records import PlannedTask
-from imagemill.schedule import Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +55,22 @@ def forecast(source: str, out: Path | None, settings: Settings, options: RunOpti
     known = folder / FILE_NAME
     ledger = Ledger(known, read_only=True) if known.is_file() else Ledger(Path(":memory:"), folder=folder)
     try:
-        book = find_models(settings)
+        book = crew.find_models(settings)
         intake = Intake(settings, book, ledger, OutputFolder(folder, exclusive=False, create=False))
         admission = intake.stage(sources.open_source(source, prompt_column=options.prompt_column), limit=options.limit)
         comparison = intake.check(admission, skip_bad=options.skip_bad, rerun_changed=options.rerun_changed)
-        to_do = _count(ledger, options)
+        damaged = frozenset(intake.damaged())
+        to_do = comparison.to_do(options.retry) + len(damaged)
         used = book.used()
-        choice = _choice(settings, used, to_do)
+        choice = crew.choose(settings, used, max(1, to_do))
         families = {f"model:{model.spec.name}": model.planned.family.name for model in used}
-        limits = Limits(
-            **settings.limits.model_dump(),
-            batch={f"model:{model.spec.name}": min(settings.batch_size, family_batch(model)) for model in used},
-        )
         figures = estimate.estimate(
-            (planned.ticket for planned in _work(ledger, options)),
+            (planned.ticket for planned in _work(ledger, options, damaged)),
             workers=len(choice.devices),
             pace=estimate.pace(folder, families, choice.devices[0].name),
             policy=settings.schedule.name,
             lead=settings.schedule.k or 1,
-            limits=limits,
+            limits=crew.limits(settings, used),
             most=len(devices.gpus()) if choice.devices[0].torch_device.startswith("cuda") else os.cpu_count(),
         )
         return Forecast(
@@ -84,7 +80,7 @@ def forecast(source: str, out: Path | None, settings: Settings, options: RunOpti
             admission=admission,
             to_do=to_do,
             models=used,
-            groups=estimate.groups(_work(ledger, options)),
+            groups=estimate.groups(_work(ledger, options, damaged)),
             adapters=_adapters(intake, ledger),
             choice=choice,
             estimate=figures,
@@ -95,27 +91,12 @@ def forecast(source: str, out: Path | None, settings: Settings, options: RunOpti
         ledger.close()
 
 
-def _choice(settings: Settings, used: tuple[models.Model, ...], to_do: int) -> Choice:
-    asked = settings.devices
-    return devices.choose(
-        device=asked.device,
-        gpus=asked.gpus,
-        gpu_ids=asked.gpu_ids or None,
-        workers=asked.workers,
-        need=max(model.spec.memory for model in used),
-        tasks=max(1, to_do),
-    )
-
-
-def _work(ledger: Ledger, options: RunOptions) -> Iterator[PlannedTask]:
-    """What the run would do: all that is not done, and the failures it was asked to try again."""
+def _work(ledger: Ledger, options: RunOptions, damaged: frozenset[str]) -> Iterator[PlannedTask]:
+    """What the run would do: all that is not done or damaged, and the failures it was asked to try again."""
     for planned, state, kind in ledger.staged():
-        if state in ("new", "pending", "changed") or (state == "failed" and kind in options.retry):
+        again = planned.task.id in damaged or (state == "failed" and kind in options.retry)
+        if again or state in ("new", "pending", "changed"):
             yield planned
-
-
-def _count(ledger: Ledger, options: RunOptions) -> int:
-    return sum(1 for _ in _work(ledger, options))
 
 
 def _adapters(intake: Intake, ledger: Ledger) -> tuple[Adapter, ...]:

@@ -196,18 +196,19 @@ class Intake:
             if self.folder.occupied(path)
         ]
 
-    def accept(self, admission: Admission, *, retry: Iterable[str]) -> int:
-        """Make what is staged the work of the ledger's run; returns how many pictures were found damaged."""
-        damaged: list[str] = []
-        unkept: list[str] = []
+    def damaged(self) -> list[str]:
+        """The ids of staged tasks the folder holds as done whose pictures are gone, altered, or were never kept."""
+        if not self._keeps_files:
+            return []
+        return [*self.folder.damaged(self._ledger.staged_done()), *self._ledger.staged_unkept()]
+
+    def accept(self, admission: Admission, *, retry: Iterable[str], again: Iterable[str]) -> None:
+        """Make what is staged the work of the ledger's run; what a dead run left half-written is removed."""
         if self._keeps_files:
-            damaged = list(self.folder.damaged(self._ledger.staged_done()))
-            unkept = list(self._ledger.staged_unkept())
             self.folder.sweep({str(PurePosixPath(path).parent) for path in self._ledger.staged_paths()})
         for place, reason in admission.skipped:
             self._ledger.skip(place, reason)
-        self._ledger.apply(retry=tuple(retry), again=[*damaged, *unkept])
-        return len(damaged)
+        self._ledger.apply(retry=tuple(retry), again=again)
 
 
 @contextmanager

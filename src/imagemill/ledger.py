@@ -16,7 +16,7 @@ from typing import Any
 from imagemill import wire
 from imagemill.errors import LedgerError
 from imagemill.plan import Problem, differences
-from imagemill.records import Outcome, PlannedTask, Receipt, Settle, Task, Ticket
+from imagemill.records import Outcome, PlannedTask, Receipt, Settle, Ticket
 
 FILE_NAME = "ledger.sqlite"
 VERSION = "1"
@@ -65,6 +65,10 @@ class Comparison:
     failed: Mapping[str, int]
     changed: int
     differences: tuple[str, ...]
+
+    def to_do(self, retry: Sequence[str] = ()) -> int:
+        """How many pictures a run makes that tries these kinds of failures again; damaged ones come on top."""
+        return self.new + self.pending + self.changed + sum(self.failed.get(kind, 0) for kind in retry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +223,8 @@ class Ledger:
         """The id of every staged task that a run with the sink `none` has done: its picture was not kept."""
         rows = self._db.execute(
             "SELECT t.id FROM incoming i JOIN tasks t USING (id) "
-            "WHERE t.state = 'done' AND json_extract(t.receipt, '$.sha256') = ''"
+            "WHERE t.state = 'done' AND i.fingerprint = t.fingerprint AND i.path = t.path "
+            "AND json_extract(t.receipt, '$.sha256') = ''"
         )
         for (name,) in rows:
             yield name

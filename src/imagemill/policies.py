@@ -49,6 +49,11 @@ class Worker:
         """Can still come to work."""
         return self.state != "quarantined"
 
+    @property
+    def holds(self) -> frozenset[str]:
+        """What it has resident, or will have once its batch has ended."""
+        return frozenset(self.batch.needs) if self.batch else self.resident
+
     def match(self, needs: Sequence[str]) -> tuple[bool, ...]:
         """Which needs it satisfies, dearest first; tuples compare so that a dearer need always decides."""
         return tuple(need in self.resident for need in needs)
@@ -113,11 +118,11 @@ def _best_fit(worker: Worker, board: Board) -> Entry:
     matches = [worker.match(needs) for (needs, _), _ in heads]
     best = max(matches)
     fitting = [head for head, match in zip(heads, matches, strict=True) if match == best]
-    others = [other.resident for other in board.workers.values() if other is not worker and other.live]
+    others = [other.holds for other in board.workers.values() if other is not worker and other.live]
 
     def rank(head: tuple[Bucket, Entry]) -> tuple[int, float, int]:
         (needs, _), entry = head
-        holders = 0 if all(best) else sum(resident.issuperset(needs) for resident in others)
+        holders = 0 if all(best) else sum(held.issuperset(needs) for held in others)
         return -holders, entry.ticket.cost, -entry.ordinal
 
     return max(fitting, key=rank)[1]

@@ -14,7 +14,9 @@ from typing import Any
 
 from imagemill.errors import ImagemillError, OutputError
 from imagemill.executors import Executor
+from imagemill.intake import Models
 from imagemill.ledger import Attempt, Ledger
+from imagemill.logfiles import DRIVER
 from imagemill.progress import Progress
 from imagemill.publish import OutputFolder
 from imagemill.records import (
@@ -28,7 +30,6 @@ from imagemill.records import (
     Halt,
     Kill,
     Load,
-    ModelSpec,
     Outcome,
     PlannedTask,
     Settle,
@@ -45,7 +46,7 @@ from imagemill.records import (
 from imagemill.schedule import Scheduler
 from imagemill.sinks.files import temporary_path
 
-log = logging.getLogger("imagemill.driver")
+log = logging.getLogger(DRIVER)
 
 COMMIT_INTERVAL = 0.05
 """Seconds that ended tasks may wait to be committed together; one fsync of the ledger then serves them all."""
@@ -72,7 +73,7 @@ class Run:
         scheduler: Scheduler,
         executor: Executor,
         specs: Mapping[int, WorkerSpec],
-        models: Mapping[str, ModelSpec],
+        models: Models,
         sink: SinkSpec,
         ledger: Ledger,
         folder: OutputFolder,
@@ -261,7 +262,7 @@ class Run:
             self._switches[place] += not held
         self._at_work[worker] = (batch, now)
         tasks = tuple(self._tasks[ticket.seq] for ticket in batch.tickets)
-        model = self._models[tasks[0].task.model or ""]
+        model = self._models.get(tasks[0].task.model).spec
         self._executor.send(worker, WorkOrder(batch.id, model, self._sink, tasks, batch.attempts))
         self._progress.dispatched(worker, tasks)
 

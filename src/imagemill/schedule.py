@@ -252,11 +252,10 @@ class Scheduler:
             worker.state = "absent"
             worker.not_before = now + backoff(worker.losses, first=0.5 if worker.losses == 1 else 1.0)
         commands: list[Command] = []
-        for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True) if batch else ():
+        members = list(zip(batch.tickets, batch.attempts, strict=True)) if batch else []
+        for ticket, attempt in members:
             entry = self.board.in_flight.pop(ticket.seq)
-            commands += self._failed(
-                worker, entry, Failure(ticket.seq, attempt, kind, message), len(batch.tickets), now
-            )
+            commands += self._failed(worker, entry, Failure(ticket.seq, attempt, kind, message), len(members), now)
         if loading and event.kind == "bad_model":
             self._end = self._end or Halt("bad_model", event.message)
         if worker.losses >= LOSSES_AT_MOST or worker.failed_loads >= LOADS_AT_MOST:

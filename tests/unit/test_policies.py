@@ -8,7 +8,7 @@ import pytest
 
 from imagemill.backlog import Backlog, Entry
 from imagemill.policies import Board, Dynamic, Lockstep, Policy, Static, Window, Worker, create
-from imagemill.records import Ticket
+from imagemill.records import Batch, Ticket
 
 
 def board(workers: int, *, limit: int = 1, patience: int = 100, ended: bool = True) -> Board:
@@ -80,6 +80,13 @@ def test_of_adapters_it_lacks_a_worker_takes_one_that_nobody_else_holds() -> Non
     assert choose(policy, on, 0) == [1]
 
 
+def test_what_a_worker_is_at_work_with_counts_as_held() -> None:
+    policy, on = Dynamic(), board(2)
+    on.workers[1].state, on.workers[1].batch = "busy", Batch(1, (Ticket(9, ("adapters:a",)),), (1,))
+    arrive(policy, on, [Ticket(0, ("adapters:a",)), Ticket(1, ("adapters:b",))])
+    assert choose(policy, on, 0) == [1]
+
+
 def test_the_oldest_is_passed_over_at_most_patience_times() -> None:
     policy, on = Dynamic(), board(1, patience=3)
     arrive(policy, on, [Ticket(0, cost=1.0), *(Ticket(seq, cost=5.0) for seq in range(1, 10))])
@@ -89,7 +96,9 @@ def test_the_oldest_is_passed_over_at_most_patience_times() -> None:
 def test_a_batch_is_filled_from_the_same_bucket_in_order_of_arrival() -> None:
     policy, on = Dynamic(), board(1, limit=3)
     needs = ("model:m",)
-    arrive(policy, on, [Ticket(0, needs), Ticket(1, needs, "g"), Ticket(2, needs), Ticket(3, needs, cost=2.0), Ticket(4)])
+    arrive(
+        policy, on, [Ticket(0, needs), Ticket(1, needs, "g"), Ticket(2, needs), Ticket(3, needs, cost=2.0), Ticket(4)]
+    )
     assert choose(policy, on, 0) == [3, 0, 2]
 
 

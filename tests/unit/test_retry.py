@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from imagemill.errors import KINDS
@@ -70,7 +72,7 @@ def test_back_off_grows_from_the_first_delay_to_the_longest() -> None:
     delays = [backoff(failures) for failures in range(1, 20)]
     assert delays[0] == FIRST_DELAY
     assert delays == sorted(delays)
-    assert all(later == min(2 * earlier, LONGEST_DELAY) for earlier, later in zip(delays, delays[1:], strict=False))
+    assert all(later == min(2 * earlier, LONGEST_DELAY) for earlier, later in pairwise(delays))
     assert backoff(0) == 0.0
     assert backoff(10**6) == LONGEST_DELAY
 

@@ -58,7 +58,9 @@ class Story:
         self.all += commands
         return commands
 
-    def tasks(self, number: int, first: int = 0, needs: tuple[str, ...] = NEEDS, *, ended: bool = True) -> list[Command]:
+    def tasks(
+        self, number: int, first: int = 0, needs: tuple[str, ...] = NEEDS, *, ended: bool = True
+    ) -> list[Command]:
         """Tasks arrive, all alike; the source then ends."""
         arrived = TasksArrived(tuple(Ticket(seq, needs) for seq in range(first, first + number)))
         return self.tell(arrived, *[SourceEnded()] * ended)
@@ -286,7 +288,9 @@ def test_out_of_memory_splits_the_batch_and_the_limit_is_remembered() -> None:
 
 def test_the_limit_after_out_of_memory_holds_for_its_own_kind_of_batch_only() -> None:
     story = Story(workers=1, batch={"model:m": 4})
-    story.tell(TasksArrived(tuple(Ticket(seq, NEEDS, "large" if seq < 4 else "small") for seq in range(8))), SourceEnded())
+    story.tell(
+        TasksArrived(tuple(Ticket(seq, NEEDS, "large" if seq < 4 else "small") for seq in range(8))), SourceEnded()
+    )
     story.fails(0, "oom")
     sizes = {}
     while not story.of(Halt):
@@ -531,7 +535,8 @@ def test_a_device_that_only_fails_is_quarantined_when_others_succeed_with_its_ta
     assert story.of(Halt)[0].reason == "done"
     assert all(one.receipt for one in story.of(Settle))
     blamed = [one for one in story.of(Settle) if any(t.worker == 0 for t in one.tries)]
-    assert BLAME_AT_MOST <= len(blamed) <= BLAME_AT_MOST + 1
+    # Beside those that proved it: one that had failed and waited, and one that it had at hand.
+    assert BLAME_AT_MOST <= len(blamed) <= BLAME_AT_MOST + 2
 
 
 def test_tasks_that_fail_everywhere_cost_no_device() -> None:

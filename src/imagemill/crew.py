@@ -1,0 +1,86 @@
+"""The workers that an engine keeps between runs: which devices, which executor, what the scheduler knows of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from imagemill import devices, models
+from imagemill.config import Settings
+from imagemill.devices import Choice
+from imagemill.executors import Executor, inline, processes
+from imagemill.intake import Models
+from imagemill.policies import Worker
+from imagemill.records import ModelSpec, WorkerSpec
+from imagemill.runners.fake import LABEL_VARIABLE
+from imagemill.schedule import Limits
+
+DEFAULT_MODEL = "tiny"
+
+
+@dataclass(slots=True)
+class Crew:
+    """The executor with its workers' specs; `workers` is their state at the end of the last run."""
+
+    executor: Executor
+    specs: dict[int, WorkerSpec]
+    choice: Choice
+    workers: dict[int, Worker] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """The names of the devices by worker."""
+        return {number: spec.label for number, spec in self.specs.items()}
+
+
+def find_models(settings: Settings) -> Models:
+    """The models of a run. Their precision is part of their revision: bfloat16 on GPUs, float32 on the CPU."""
+    asked = settings.devices
+    dtype = "bfloat16" if devices.kind(asked.device, asked.gpus, asked.gpu_ids) == "cuda" else "float32"
+    return Models(partial(models.resolve, dtype=dtype), settings.model or DEFAULT_MODEL)
+
+
+def choose(settings: Settings, used: Sequence[models.Model], tasks: int | None) -> Choice:
+    """The devices that the settings ask for and that hold every model. Raises `InputError`."""
+    asked = settings.devices
+    return devices.choose(
+        device=asked.device,
+        gpus=asked.gpus,
+        gpu_ids=asked.gpu_ids or None,
+        workers=asked.workers,
+        need=max(model.spec.memory for model in used),
+        tasks=tasks,
+    )
+
+
+def hire(choice: Choice, settings: Settings, first: ModelSpec, log_folder: Path) -> Crew:
+    """Make the executor and the specs; the scheduler starts the workers. A single one works inside this process."""
+    alone = len(choice.devices) == 1 and not settings.devices.isolate
+    if alone and choice.devices[0].inline_device.startswith("cuda"):
+        # The device's number counts as nvidia-smi does only so, and only before CUDA starts.
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    specs = {
+        number: WorkerSpec(
+            worker=number,
+            device=device.inline_device if alone else device.torch_device,
+            label=device.label,
+            model=first,
+            environment={**device.environment, LABEL_VARIABLE: device.label},
+            log="" if alone else str(log_folder / f"worker-{number}.log"),
+            log_level=settings.logging.level,
+        )
+        for number, device in enumerate(choice.devices)
+    }
+    return Crew(inline.create() if alone else processes.create(), specs, choice)
+
+
+def limits(settings: Settings, used: Sequence[models.Model]) -> Limits:
+    """The scheduler's bounds; no batch is larger than the family of its model takes."""
+    batch = {
+        f"model:{model.spec.name}": min(settings.batch_size, int(getattr(model.planned.family, "max_batch", 1)))
+        for model in used
+    }
+    return Limits(**settings.limits.model_dump(), batch=batch)
