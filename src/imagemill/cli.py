@@ -21,6 +21,7 @@ from imagemill.version import __version__
 if TYPE_CHECKING:
     from imagemill.config import Settings
     from imagemill.engine import Engine, RunOptions, RunReport
+    from imagemill.progress import Progress
 
 app = typer.Typer(
     name="imagemill",
@@ -330,10 +331,8 @@ def _run(source: str, out: Path | None, settings: Settings, options: RunOptions,
             "or a hub repository; `imagemill models` lists the known ones.",
             err=True,
         )
-    with (
-        Engine(config=settings, show=progress.create(quiet=quiet), keep=False) as engine,
-        stop_signals(engine) as stopped,
-    ):
+    show = progress.create(quiet=quiet)
+    with Engine(config=settings, show=show, keep=False) as engine, stop_signals(engine, show) as stopped:
         folder = out if out is not None else engine.default_folder(source)
         fault: ImagemillError | None = None
         try:
@@ -372,7 +371,7 @@ def summary(report: RunReport) -> str:
 
 
 @contextmanager
-def stop_signals(engine: Engine) -> Iterator[list[int]]:
+def stop_signals(engine: Engine, show: Progress) -> Iterator[list[int]]:
     """The first SIGINT or SIGTERM ends what is in flight, the second stops at once. Yields the exit code to use."""
     code: list[int] = []
 
@@ -382,7 +381,7 @@ def stop_signals(engine: Engine) -> Iterator[list[int]]:
         if not under_way:
             raise KeyboardInterrupt
         if len(code) == 1:
-            print("\nstopping: what is in flight is finished; again to stop at once", file=sys.stderr)
+            show.note("stopping: what is in flight is finished; once more stops at once")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
