@@ -1,0 +1,176 @@
+"""The options that `run` and `plan` share, and the settings they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from imagemill.config import Settings
+    from imagemill.engine import RunOptions
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE", help="A .json, .jsonl, .csv, .tsv or .parquet file, a tweet batch, or - for JSONL on stdin."
+    ),
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.", show_default="outputs/SOURCE")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME|FOLDER|REPO",
+        help="A known name (see `imagemill models`), a diffusers folder, or a hub repository.",
+        show_default="tiny",
+    ),
+]
+Gpus = Annotated[
+    str | None,
+    typer.Option(
+        "--gpus",
+        metavar="N|auto",
+        help="How many GPUs; auto takes those whose free memory holds the model.",
+        show_default="auto",
+    ),
+]
+GpuIds = Annotated[str | None, typer.Option("--gpu-ids", metavar="0,2,4", help="Which GPUs.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="cuda|cpu|auto", help="Kind of device.", show_default="auto"),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        help="Worker processes on the CPU; on GPUs one each, this many at most.",
+        show_default="one a device",
+    ),
+]
+Isolate = Annotated[bool | None, typer.Option("--isolate", help="Run a single worker in a process of its own, too.")]
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule", metavar="dynamic|static|lockstep|window:K", help="Order of the work.", show_default="dynamic"
+    ),
+]
+Config = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE.yaml", help="Settings; options stand above them.")
+]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:STRENGTH]", help="Adapter for tasks that name none; repeatable."),
+]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.", show_default="the model's")]
+Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels.", show_default="the model's")]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale.", show_default="the model's")]
+TrueCfg = Annotated[
+    float | None,
+    typer.Option("--true-cfg-scale", help="True CFG scale, for models that take it.", show_default="the model's"),
+]
+Negative = Annotated[str | None, typer.Option("--negative-prompt", help="For tasks that name none.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Seed of the first task; task number i gets seed + i.", show_default="42")
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        help="Tasks that may share a forward pass; pictures may then be 1 of 255 apart.",
+        show_default="1",
+    ),
+]
+PromptColumn = Annotated[
+    str | None,
+    typer.Option("--prompt-column", metavar="NAME", help="The column that holds the prompt.", show_default="prompt"),
+]
+Format = Annotated[
+    str | None, typer.Option("--format", metavar="png|jpg|webp", help="Picture format.", show_default="png")
+]
+SinkOption = Annotated[
+    str | None,
+    typer.Option("--sink", metavar="files|none", help="none keeps no pictures: for measuring.", show_default="files"),
+]
+NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="Write no task into the pictures.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N rows.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out instead of starting nothing.")]
+RetryFailed = Annotated[
+    str | None,
+    typer.Option(
+        "--retry-failed",
+        metavar="[KIND,...]",
+        help="Try failed tasks of earlier runs again; alone or with kinds as in --retry-failed=oom,timeout.",
+    ),
+]
+RerunChanged = Annotated[bool, typer.Option("--rerun-changed", help="Make pictures of changed tasks again.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Read and check everything, start nothing; the same as `imagemill plan`.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only the summary.")]
+
+OPTION_KEYS = {
+    "model": "model",
+    "gpus": "devices.gpus",
+    "gpu_ids": "devices.gpu_ids",
+    "device": "devices.device",
+    "workers": "devices.workers",
+    "isolate": "devices.isolate",
+    "schedule": "schedule",
+    "lora": "loras",
+    "steps": "steps",
+    "size": "size",
+    "guidance": "guidance",
+    "true_cfg_scale": "true_cfg_scale",
+    "negative_prompt": "negative_prompt",
+    "seed": "seed",
+    "batch_size": "batch_size",
+    "format": "output.format",
+    "sink": "output.sink",
+}
+"""Options of the command line and the settings they stand for."""
+
+
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """The settings of the YAML file with the options above them. Raises `ConfigError` that names the option."""
+    from imagemill import config
+    from imagemill.errors import ConfigError
+
+    base = config.load_settings(given["config"]) if given["config"] else config.Settings()
+    overrides = {key: given.get(name) for name, key in OPTION_KEYS.items()}
+    if given["gpus"] not in (None, "auto"):
+        if not given["gpus"].isdecimal():
+            raise ConfigError(f"--gpus: {given['gpus']!r} is neither a number nor auto")
+        overrides["devices.gpus"] = int(given["gpus"])
+    if given["gpu_ids"] is not None:
+        parts = given["gpu_ids"].split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            raise ConfigError(f"--gpu-ids: {given['gpu_ids']!r} is no list of numbers; write 0,2,4")
+        overrides["devices.gpu_ids"] = [int(part) for part in parts]
+    if given.get("no_metadata"):
+        overrides["output.metadata"] = False
+    options = {key: "--" + name.replace("_", "-") for name, key in OPTION_KEYS.items()}
+    return config.merge(base, overrides, options)
+
+
+def options_of(given: Mapping[str, Any]) -> RunOptions:
+    """How the run treats its source and its folder."""
+    from imagemill.engine import RunOptions
+    from imagemill.errors import KINDS, ConfigError
+
+    retry: tuple[str, ...] = ()
+    if given["retry_failed"] is not None:
+        asked = [kind.strip() for kind in given["retry_failed"].split(",")]
+        retry = KINDS if asked == ["all"] else tuple(asked)
+        unknown = [kind for kind in retry if kind not in KINDS]
+        if unknown:
+            raise ConfigError(f"--retry-failed: {unknown[0]!r} is no kind of failure; known: {', '.join(KINDS)}, all")
+    return RunOptions(
+        limit=given["limit"],
+        skip_bad=given["skip_bad"],
+        retry=retry,
+        rerun_changed=given["rerun_changed"],
+        prompt_column=given["prompt_column"],
+    )
