@@ -255,7 +255,7 @@ def stop_signals(engine: Engine, show: Progress) -> Iterator[list[int]]:
         if not under_way:
             raise KeyboardInterrupt
         if len(code) == 1:
-            show.note("stopping: what is in flight is finished; once more stops at once")
+            show.note("stopping: what is in flight is finished; again to stop at once")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

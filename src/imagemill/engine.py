@@ -187,7 +187,7 @@ class Engine:
             stack.callback(folder.close)
             ledger = Ledger(options.ledger or path / FILE_NAME, folder=path.resolve())
             stack.callback(ledger.close)
-            stack.callback(ledger.abandon)
+            stack.callback(ledger.staging.abandon)
             book = crew.find_models(self.settings)
             intake = Intake(self.settings, book, ledger, folder, overwrite=options.overwrite)
             if lazy:
@@ -322,7 +322,7 @@ def _read_as_needed(
     rows = islice(rows, options.limit)
     while chunk := list(islice(rows, CHUNK)):
         admission = intake.stage(chunk, first=total.tasks)
-        intake.check(admission, skip_bad=options.skip_bad, rerun_changed=options.rerun_changed)
+        intake.check(admission, skip_bad=options.skip_bad, rerun_changed=options.rerun_changed, part=True)
         intake.accept(admission, retry=options.retry, again=intake.damaged())
         first = total.tasks
         total.tasks += admission.tasks

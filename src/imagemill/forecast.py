@@ -13,9 +13,10 @@ from imagemill.devices import Choice
 from imagemill.engine import Engine, RunOptions
 from imagemill.estimate import Estimate, Group
 from imagemill.intake import Admission, Intake
-from imagemill.ledger import FILE_NAME, Comparison, Ledger
+from imagemill.ledger import FILE_NAME, Ledger
 from imagemill.publish import OutputFolder
 from imagemill.records import PlannedTask
+from imagemill.staging import Comparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +88,13 @@ def forecast(source: str, out: Path | None, settings: Settings, options: RunOpti
             schedule=str(settings.schedule),
         )
     finally:
-        ledger.abandon()
+        ledger.staging.abandon()
         ledger.close()
 
 
 def _work(ledger: Ledger, options: RunOptions, damaged: frozenset[str]) -> Iterator[PlannedTask]:
     """What the run would do: all that is not done or damaged, and the failures it was asked to try again."""
-    for planned, state, kind in ledger.staged():
+    for planned, state, kind in ledger.staging.tasks():
         again = planned.task.id in damaged or (state == "failed" and kind in options.retry)
         if again or state in ("new", "pending", "changed"):
             yield planned
@@ -101,7 +102,7 @@ def _work(ledger: Ledger, options: RunOptions, damaged: frozenset[str]) -> Itera
 
 def _adapters(intake: Intake, ledger: Ledger) -> tuple[Adapter, ...]:
     counts: dict[str, int] = {}
-    for planned, _, _ in ledger.staged():
+    for planned, _, _ in ledger.staging.tasks():
         for lora in planned.task.loras:
             counts[lora.path] = counts.get(lora.path, 0) + 1
     files = {path: intake.inputs.lora(path) for path in counts}

@@ -14,12 +14,13 @@ from imagemill import plan
 from imagemill.config import Settings
 from imagemill.errors import ChangedTasksError, InputError, TaskFileError
 from imagemill.inputs import Inputs
-from imagemill.ledger import SHOWN, Comparison, Ledger
+from imagemill.ledger import Ledger
 from imagemill.models import Model
 from imagemill.plan import Defaults, Problem
 from imagemill.publish import OutputFolder
 from imagemill.records import Task
 from imagemill.sources import Row
+from imagemill.staging import SHOWN, Comparison
 
 
 @dataclass(slots=True)
@@ -95,7 +96,7 @@ class Intake:
 
     def stage(self, rows: Iterable[Row], *, first: int = 0, limit: int | None = None) -> Admission:
         """Stage every row, up to `limit` tasks' rows; problems are collected, not raised."""
-        self._ledger.begin_staging()
+        self._ledger.staging.begin()
         admission = Admission()
         seq = first
         for row in rows:
@@ -138,13 +139,13 @@ class Intake:
             planned = plan.planned(one, seq, model.planned, digests)
             path = one.output_path or ""
             if not self.folder.holds(path):
-                self._ledger.unstage(first)
+                self._ledger.staging.take_back(first)
                 return first, [
                     Problem("output_path", f"{path!r} leads out of the output folder through a link; remove the link")
                 ]
-            conflict = self._ledger.stage(planned, row.place)
+            conflict = self._ledger.staging.add(planned, row.place)
             if conflict:
-                self._ledger.unstage(first)
+                self._ledger.staging.take_back(first)
                 return first, [conflict]
             seq += 1
         return seq, []
@@ -160,13 +161,18 @@ class Intake:
                 digests.append(self.inputs.image(path))
         return (replace(task, loras=tuple(loras)) if loras else task), digests
 
-    def check(self, admission: Admission, *, skip_bad: bool, rerun_changed: bool) -> Comparison:
+    def check(self, admission: Admission, *, skip_bad: bool, rerun_changed: bool, part: bool = False) -> Comparison:
         """Compare what is staged with the folder. Raises `TaskFileError` or `ChangedTasksError`; then nothing starts, and
-        what was staged is forgotten, so that a run that is under way can still be settled."""
+        what was staged is forgotten, so that a run that is under way can still be settled.
+
+        A `part` of a source may hold no task; a whole one without any is refused.
+        """
         try:
+            if admission.tasks == 0 and not part and (skip_bad or not admission.bad_rows):
+                raise InputError("the source holds no task that could run")
             return self._compare(admission, skip_bad=skip_bad, rerun_changed=rerun_changed)
         except BaseException:
-            self._ledger.abandon()
+            self._ledger.staging.abandon()
             raise
 
     def _compare(self, admission: Admission, *, skip_bad: bool, rerun_changed: bool) -> Comparison:
@@ -176,10 +182,8 @@ class Intake:
                 admission.bad_rows,
                 "nothing was started; mend the rows, or leave them out with --skip-bad",
             )
-        if admission.tasks == 0:
-            raise InputError("the source holds no task that could run")
-        comparison = self._ledger.compare()
-        conflicts = self._ledger.conflicts() + self._foreign_files()
+        comparison = self._ledger.staging.compare()
+        conflicts = self._ledger.staging.conflicts(self._ledger.run) + self._foreign_files()
         if conflicts:
             raise TaskFileError(conflicts[:SHOWN], len(conflicts), "choose another output_path, or give another --out")
         if comparison.changed and not rerun_changed:
@@ -192,7 +196,7 @@ class Intake:
             return []
         return [
             f"{place}: output_path {path!r}: a file that is no picture of this folder's runs stands there"
-            for place, path in self._ledger.staged_new()
+            for place, path in self._ledger.staging.new()
             if self.folder.occupied(path)
         ]
 
@@ -200,15 +204,15 @@ class Intake:
         """The ids of staged tasks the folder holds as done whose pictures are gone, altered, or were never kept."""
         if not self._keeps_files:
             return []
-        return [*self.folder.damaged(self._ledger.staged_done()), *self._ledger.staged_unkept()]
+        return [*self.folder.damaged(self._ledger.staging.done()), *self._ledger.staging.unkept()]
 
     def accept(self, admission: Admission, *, retry: Iterable[str], again: Iterable[str]) -> None:
         """Make what is staged the work of the ledger's run; what a dead run left half-written is removed."""
         if self._keeps_files:
-            self.folder.sweep({str(PurePosixPath(path).parent) for path in self._ledger.staged_paths()})
+            self.folder.sweep({str(PurePosixPath(path).parent) for path in self._ledger.staging.paths()})
         for place, reason in admission.skipped:
             self._ledger.skip(place, reason)
-        self._ledger.apply(retry=tuple(retry), again=again)
+        self._ledger.staging.apply(self._ledger.run, retry=tuple(retry), again=again)
 
 
 @contextmanager

@@ -230,6 +230,8 @@ def _path_problems(task: Task) -> list[Problem]:
         return refuse(f"is longer than {MAX_PATH:,} bytes; shorten it")
     if any(part.startswith(".imagemill") for part in place.parts):
         return refuse("starts with .imagemill, which is reserved; choose another name")
+    if any(PurePosixPath(part).suffix.lower() in suffixes for part in place.parts[:-1]):
+        return refuse("puts the picture into a folder with a picture's name; choose another folder")
     if place.suffix.lower() not in suffixes:
         return refuse(f"is no picture's name; end it with one of {' '.join(suffixes)}")
     return []

@@ -38,7 +38,7 @@ from imagemill.records import (
 )
 from imagemill.retry import backoff, blames_device, decide
 
-LOSSES_AT_MOST = 10
+LOSSES_AT_MOST = 20
 """A worker that was lost this often in a row without one finished task is not started again."""
 LOADS_AT_MOST = 3
 """A device on which loading failed this often in a row is quarantined."""

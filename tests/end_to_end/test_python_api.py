@@ -111,8 +111,8 @@ def test_leaving_the_block_by_an_exception_frees_every_process(
     tmp_path: Path, before: set[int], descendants: Descendants
 ) -> None:
     def leave_at_the_first_outcome() -> None:
-        with fake_engine() as engine:
-            for _ in engine.run([*rows(1), *rows(5, delay=60)[1:]], tmp_path):
+        with fake_engine(schedule="static") as engine:
+            for _ in engine.run([*rows(1), *rows(5, delay=600)[1:]], tmp_path):
                 assert len(descendants() - before) == 2
                 raise RuntimeError("the caller's own")
 
@@ -120,6 +120,19 @@ def test_leaving_the_block_by_an_exception_frees_every_process(
         leave_at_the_first_outcome()
     gc.collect()
     assert descendants() == before
+
+
+def test_leaving_the_block_ends_a_run_that_somebody_still_holds(
+    tmp_path: Path, before: set[int], descendants: Descendants
+) -> None:
+    with fake_engine(schedule="static") as engine:
+        outcomes = engine.run([*rows(1), *rows(5, delay=600)[1:]], tmp_path)
+        assert next(outcomes).ok
+    assert descendants() == before
+    outcomes.close()
+    assert not list(tmp_path.glob(".*.part"))
+    with fake_engine() as engine:  # the folder is free again
+        assert [outcome.resumed for outcome in engine.run(rows(5), tmp_path)] == [True] + [False] * 4
 
 
 def test_outcomes_come_in_task_order_and_say_everything(tmp_path: Path) -> None:
@@ -146,7 +159,7 @@ def test_outcomes_come_in_task_order_and_say_everything(tmp_path: Path) -> None:
 
 def test_an_outcome_is_handed_out_before_the_rest_is_done(tmp_path: Path) -> None:
     tasks = [*rows(1), *rows(3, delay=600)[1:]]
-    with fake_engine(workers=2) as engine:
+    with fake_engine(schedule="static") as engine:
         outcomes = engine.run(tasks, tmp_path)
         assert next(outcomes).task.id == "t0"
         outcomes.close()

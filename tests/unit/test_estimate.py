@@ -26,12 +26,12 @@ def known(scale: float = 1.0, load: float = 0.0, switch: float = 0.0) -> Pace:
 def earlier_run(folder: Path, seconds: list[float], *, size: int = 1, failed: int = 0, model: str = MODEL) -> None:
     """A ledger in which tasks of cost 2 took so many seconds each, in batches of `size`; the first ones failed."""
     ledger = Ledger(folder / FILE_NAME)
-    ledger.begin_staging()
+    ledger.staging.begin()
     for number in range(len(seconds)):
         planned = PlannedTask(Task(str(number), "p", output_path=f"{number}.png"), "f", ticket(number, model=model))
-        assert ledger.stage(planned, f"line {number}") is None
+        assert ledger.staging.add(planned, f"line {number}") is None
     ledger.begin_run(0.0, {}, {})
-    ledger.apply()
+    ledger.staging.apply(ledger.run)
     settles, attempts = [], []
     for number, taken in enumerate(seconds):
         bad = number < failed

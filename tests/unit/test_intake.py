@@ -15,11 +15,12 @@ from imagemill.config import Settings
 from imagemill.config.settings import OutputSettings
 from imagemill.errors import ChangedTasksError, InputError, TaskFileError
 from imagemill.intake import Admission, Intake, Models
-from imagemill.ledger import FILE_NAME, Comparison, Ledger
+from imagemill.ledger import FILE_NAME, Ledger
 from imagemill.models import Model
 from imagemill.publish import OutputFolder
 from imagemill.records import Failure, Kind, Receipt, Settle
 from imagemill.sources import Row, from_iterable
+from imagemill.staging import Comparison
 
 
 class Folder:
@@ -53,7 +54,7 @@ class Folder:
             seeds = {planned.task.id: planned.task.seed for planned, _ in ledger.work()}
             return Taken(admission, comparison, len(damaged), work, seeds)
         finally:
-            ledger.abandon()
+            ledger.staging.abandon()
             ledger.close()
             folder.close()
 
@@ -186,7 +187,7 @@ def test_rows_are_staged_one_at_a_time_and_never_held(folder: Folder) -> None:
 
     def rows() -> Iterator[Row]:
         for row in from_iterable(task(f"t{number}") for number in range(50)):
-            staged.append(ledger.compare().total if row.index else 0)
+            staged.append(ledger.staging.compare().total if row.index else 0)
             yield row
 
     admission = intake.stage(rows())

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from imagemill.errors import LedgerError
-from imagemill.ledger import FILE_NAME, SHOWN, Attempt, Ledger
+from imagemill.ledger import FILE_NAME, Attempt, Ledger
 from imagemill.records import Failure, Kind, Outcome, PlannedTask, Receipt, Settle, Task, Ticket
+from imagemill.staging import SHOWN
 
 
 @pytest.fixture
@@ -32,11 +33,11 @@ def planned(seq: int, name: str | None = None, path: str | None = None, **fields
 
 def take(ledger: Ledger, *tasks: PlannedTask, **apply: Any) -> None:
     """A run begins and takes these tasks in."""
-    ledger.begin_staging()
+    ledger.staging.begin()
     for number, one in enumerate(tasks):
-        assert ledger.stage(one, f"row {number + 1}") is None
+        assert ledger.staging.add(one, f"row {number + 1}") is None
     ledger.begin_run(100.0, {}, {})
-    ledger.apply(**apply)
+    ledger.staging.apply(ledger.run, **apply)
 
 
 def done(seq: int, sha256: str = "ab") -> Settle:
@@ -55,18 +56,18 @@ def states(ledger: Ledger) -> dict[str, str]:
 
 
 def test_nothing_of_the_folder_changes_before_apply(ledger: Ledger) -> None:
-    ledger.begin_staging()
-    ledger.stage(planned(0), "row 1")
-    ledger.abandon()
+    ledger.staging.begin()
+    ledger.staging.add(planned(0), "row 1")
+    ledger.staging.abandon()
     assert states(ledger) == {}
     take(ledger, planned(0))
     assert states(ledger) == {"t0": "pending"}
 
 
 def test_a_second_row_with_the_same_id_is_named_with_both_places(ledger: Ledger) -> None:
-    ledger.begin_staging()
-    assert ledger.stage(planned(0, "a"), "tasks.jsonl:1") is None
-    problem = ledger.stage(planned(1, "a", "other.png"), "tasks.jsonl:7")
+    ledger.staging.begin()
+    assert ledger.staging.add(planned(0, "a"), "tasks.jsonl:1") is None
+    problem = ledger.staging.add(planned(1, "a", "other.png"), "tasks.jsonl:7")
     assert problem
     assert problem.field == "id"
     assert "'a' is already that of tasks.jsonl:1" in problem.message
@@ -76,31 +77,31 @@ def test_a_second_row_with_the_same_id_is_named_with_both_places(ledger: Ledger)
 def test_a_path_that_is_taken_up_to_case_is_named_with_its_place(
     ledger: Ledger, one: str, two: str, hint: bool
 ) -> None:
-    ledger.begin_staging()
-    ledger.stage(planned(0, "x", one), "row 1")
-    problem = ledger.stage(planned(1, "y", two), "row 2")
+    ledger.staging.begin()
+    ledger.staging.add(planned(0, "x", one), "row 1")
+    problem = ledger.staging.add(planned(1, "y", two), "row 2")
     assert problem
     assert problem.field == "output_path"
     assert repr(two) in problem.message
     assert "row 1" in problem.message
     assert ("up to case" in problem.message) == hint
-    assert ledger.compare().total == 1
+    assert ledger.staging.compare().total == 1
 
 
 def test_what_is_taken_back_is_free_for_later_rows(ledger: Ledger) -> None:
-    ledger.begin_staging()
-    ledger.stage(planned(0), "row 1")
-    ledger.stage(planned(1), "row 2")
-    ledger.unstage(1)
-    assert ledger.stage(planned(1), "row 3") is None
-    assert ledger.compare().total == 2
+    ledger.staging.begin()
+    ledger.staging.add(planned(0), "row 1")
+    ledger.staging.add(planned(1), "row 2")
+    ledger.staging.take_back(1)
+    assert ledger.staging.add(planned(1), "row 3") is None
+    assert ledger.staging.compare().total == 2
 
 
 def test_a_run_can_be_settled_after_staging_was_given_up(ledger: Ledger) -> None:
     take(ledger, planned(0))
-    ledger.begin_staging()
-    ledger.stage(planned(1), "row 2")
-    ledger.abandon()
+    ledger.staging.begin()
+    ledger.staging.add(planned(1), "row 2")
+    ledger.staging.abandon()
     ledger.settle([("t0", done(0))], [], 200.0)
     assert states(ledger) == {"t0": "done"}
 
@@ -111,19 +112,19 @@ def test_a_run_can_be_settled_after_staging_was_given_up(ledger: Ledger) -> None
 def test_compare_counts_new_pending_done_failed_by_kind_and_changed(ledger: Ledger) -> None:
     take(ledger, *(planned(seq) for seq in range(6)))
     ledger.settle([("t0", done(0)), ("t1", failed(1)), ("t2", failed(2, "timeout")), ("t3", failed(3))], [], 200.0)
-    ledger.begin_staging()
+    ledger.staging.begin()
     for one in (*(planned(seq) for seq in range(5)), planned(5, prompt="another"), planned(6)):
-        ledger.stage(one, f"row {one.ticket.seq + 1}")
-    found = ledger.compare()
+        ledger.staging.add(one, f"row {one.ticket.seq + 1}")
+    found = ledger.staging.compare()
     assert (found.total, found.new, found.pending, found.done, found.changed) == (7, 1, 1, 1, 1)
     assert found.failed == {"oom": 2, "timeout": 1}
 
 
 def test_a_changed_task_is_shown_with_place_and_the_fields_that_differ(ledger: Ledger) -> None:
     take(ledger, planned(0))
-    ledger.begin_staging()
-    ledger.stage(planned(0, prompt="a dog", seed=2, path="new.png"), "tasks.csv:2")
-    (line,) = ledger.compare().differences
+    ledger.staging.begin()
+    ledger.staging.add(planned(0, prompt="a dog", seed=2, path="new.png"), "tasks.csv:2")
+    (line,) = ledger.staging.compare().differences
     assert line.startswith("tasks.csv:2 (id 't0'): ")
     for part in ("prompt: 'p' -> 'a dog'", "seed: 1 -> 2", "output_path: 't0.png' -> 'new.png'"):
         assert part in line
@@ -131,17 +132,17 @@ def test_a_changed_task_is_shown_with_place_and_the_fields_that_differ(ledger: L
 
 def test_a_change_that_no_field_shows_is_said_to_be_the_models_or_a_files(ledger: Ledger) -> None:
     take(ledger, planned(0))
-    ledger.begin_staging()
-    ledger.stage(replace(planned(0), fingerprint="of another model"), "row 1")
-    assert "the model, or a file it reads, has changed" in ledger.compare().differences[0]
+    ledger.staging.begin()
+    ledger.staging.add(replace(planned(0), fingerprint="of another model"), "row 1")
+    assert "the model, or a file it reads, has changed" in ledger.staging.compare().differences[0]
 
 
 def test_of_many_changes_the_first_are_shown_and_all_are_counted(ledger: Ledger) -> None:
     take(ledger, *(planned(seq) for seq in range(50)))
-    ledger.begin_staging()
+    ledger.staging.begin()
     for seq in range(50):
-        ledger.stage(planned(seq, prompt="q"), f"row {seq}")
-    found = ledger.compare()
+        ledger.staging.add(planned(seq, prompt="q"), f"row {seq}")
+    found = ledger.staging.compare()
     assert found.changed == 50
     assert len(found.differences) == SHOWN
     assert found.differences[0].startswith("row 0 ")
@@ -150,24 +151,24 @@ def test_of_many_changes_the_first_are_shown_and_all_are_counted(ledger: Ledger)
 def test_metadata_may_change_without_the_task_changing(ledger: Ledger) -> None:
     take(ledger, planned(0, metadata={"note": 1}))
     ledger.settle([("t0", done(0))], [], 200.0)
-    ledger.begin_staging()
-    ledger.stage(planned(0, metadata={"note": 2}), "row 1")
-    assert (ledger.compare().changed, ledger.compare().done) == (0, 1)
+    ledger.staging.begin()
+    ledger.staging.add(planned(0, metadata={"note": 2}), "row 1")
+    assert (ledger.staging.compare().changed, ledger.staging.compare().done) == (0, 1)
 
 
 def test_a_path_that_belongs_to_a_task_of_an_earlier_source_is_a_conflict(ledger: Ledger) -> None:
     take(ledger, planned(0, "old", "a.png"))
-    ledger.begin_staging()
-    ledger.stage(planned(0, "new", "A.png"), "row 1")
-    (line,) = ledger.conflicts()
+    ledger.staging.begin()
+    ledger.staging.add(planned(0, "new", "A.png"), "row 1")
+    (line,) = ledger.staging.conflicts(ledger.run)
     assert line == "row 1: output_path 'A.png' holds the picture of task 'old' of an earlier run"
 
 
 def test_an_id_that_came_before_in_the_same_run_is_a_conflict(ledger: Ledger) -> None:
     take(ledger, planned(0))
-    ledger.begin_staging()
-    ledger.stage(planned(1, "t0"), "task 2")
-    assert ledger.conflicts() == ["task 2: id 't0' came before in this run; give each task its own"]
+    ledger.staging.begin()
+    ledger.staging.add(planned(1, "t0"), "task 2")
+    assert ledger.staging.conflicts(ledger.run) == ["task 2: id 't0' came before in this run; give each task its own"]
 
 
 # --- applying -----------------------------------------------------------------------------------------------------------
@@ -212,13 +213,13 @@ def test_a_new_task_may_take_the_path_that_a_changed_one_leaves(ledger: Ledger) 
 def test_apply_is_all_or_nothing(ledger: Ledger) -> None:
     take(ledger, planned(0, "a", "x.png"))
     ledger.settle([("a", done(0))], [], 200.0)
-    ledger.begin_staging()
-    ledger.stage(planned(0, "b", "b.png"), "row 1")
-    ledger.stage(planned(1, "c", "X.png"), "row 2")
+    ledger.staging.begin()
+    ledger.staging.add(planned(0, "b", "b.png"), "row 1")
+    ledger.staging.add(planned(1, "c", "X.png"), "row 2")
     ledger.begin_run(300.0, {}, {})
     with pytest.raises(sqlite3.IntegrityError):
-        ledger.apply(again=["a"])
-    ledger.abandon()
+        ledger.staging.apply(ledger.run, again=["a"])
+    ledger.staging.abandon()
     assert states(ledger) == {"a": "done"}
     assert [row["run"] for row in ledger.rows("SELECT run FROM runs")] == [1]
 
@@ -304,8 +305,8 @@ def test_settling_is_atomic(ledger: Ledger) -> None:
 def test_what_was_settled_is_there_after_the_driver_died(ledger: Ledger) -> None:
     take(ledger, planned(0), planned(1))
     ledger.settle([("t0", done(0))], [Attempt("t0", 1, 0, 1.0, 2.0, None, "", 1)], 200.0)
-    ledger.begin_staging()
-    ledger.stage(planned(5), "row 6")
+    ledger.staging.begin()
+    ledger.staging.add(planned(5), "row 6")
     again = Ledger(ledger.path)
     assert states(again) == {"t0": "done", "t1": "pending"}
     assert len(list(again.rows("SELECT * FROM attempts"))) == 1

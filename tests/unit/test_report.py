@@ -64,11 +64,11 @@ def a_task(number: int, **changes: Any) -> Task:
 
 
 def begin(ledger: Ledger, tasks: Sequence[Task], started: float = START, **settings: Any) -> None:
-    ledger.begin_staging()
+    ledger.staging.begin()
     for seq, task in enumerate(tasks):
-        assert ledger.stage(PlannedTask(task, f"{seq:064}", Ticket(seq)), f"tasks.jsonl:{seq + 1}") is None
+        assert ledger.staging.add(PlannedTask(task, f"{seq:064}", Ticket(seq)), f"tasks.jsonl:{seq + 1}") is None
     ledger.begin_run(started, settings, {"host": "here"})
-    ledger.apply()
+    ledger.staging.apply(ledger.run)
 
 
 def do(ledger: Ledger, task: Task, seq: int, *, worker: int = 0, at: float = 1.0, **receipt: Any) -> None:
@@ -291,10 +291,10 @@ def test_a_task_to_be_done_again_does_not_carry_its_old_failure(tmp_path: Path) 
     ledger = Ledger(tmp_path / "ledger.sqlite")
     begin(ledger, [task])
     fail(ledger, task, 0, "oom", "no memory")
-    ledger.begin_staging()
-    ledger.stage(PlannedTask(task, f"{0:064}", Ticket(0)), "tasks.jsonl:1")
+    ledger.staging.begin()
+    ledger.staging.add(PlannedTask(task, f"{0:064}", Ticket(0)), "tasks.jsonl:1")
     ledger.begin_run(START + 50, {}, {})
-    ledger.apply(retry=["oom"])
+    ledger.staging.apply(ledger.run, retry=["oom"])
     ledger.close()
     reports = write_reports(tmp_path)
     (line,) = reports.results.read_text("utf-8").splitlines()

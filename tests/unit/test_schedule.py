@@ -45,6 +45,7 @@ class Story:
         self.now = 0.0
         self.ready = ready
         self.all: list[Command] = []
+        self.turns = 0
 
     def tell(self, *events: Event) -> list[Command]:
         """What it answers to the events, answers to loads that end at once included."""
@@ -91,6 +92,12 @@ class Story:
     def dies(self, worker: int, kind: Kind = "worker_lost") -> list[Command]:
         """The worker's process is gone."""
         return self.tell(WorkerLost(worker, kind, "killed by SIGKILL"))
+
+    def goes_on(self) -> bool:
+        """Whether it has not halted; fails when it never will."""
+        self.turns += 1
+        assert self.turns < 1000, "it never halts"
+        return not self.of(Halt)
 
     def state(self, worker: int) -> str:
         """The worker's state."""
@@ -177,7 +184,7 @@ def test_the_members_of_a_killed_batch_are_tried_alone_and_only_the_poison_one_i
     story = Story(workers=2, batch={"model:m": 3})
     story.tasks(3)
     story.dies(0)
-    while not story.of(Halt):
+    while story.goes_on():
         story.wait(31)
         for worker in (0, 1):
             if story.state(worker) == "busy":
@@ -278,7 +285,7 @@ def test_out_of_memory_splits_the_batch_and_the_limit_is_remembered() -> None:
     assert len(story.batch(0).tickets) == 8
     story.fails(0, "oom")
     sizes = []
-    while not story.of(Halt):
+    while story.goes_on():
         sizes.append(len(story.batch(0).tickets))
         story.done(0)
     assert sizes == [4, 4, 4, 4]
@@ -293,7 +300,7 @@ def test_the_limit_after_out_of_memory_holds_for_its_own_kind_of_batch_only() ->
     )
     story.fails(0, "oom")
     sizes = {}
-    while not story.of(Halt):
+    while story.goes_on():
         sizes[story.batch(0).tickets[0].group] = len(story.batch(0).tickets)
         story.done(0)
     assert sizes == {"large": 2, "small": 4}
@@ -314,7 +321,7 @@ def test_a_batch_too_large_for_one_device_does_not_count_against_that_device() -
     story.tell(TasksArrived(tuple(Ticket(seq, NEEDS, str(seq // 16)) for seq in range(32))), SourceEnded())
     story.fails(0, "oom")
     story.fails(1, "oom")
-    while not story.of(Halt):
+    while story.goes_on():
         for worker in (1, 0):
             if story.state(worker) == "busy":
                 story.done(worker)
@@ -525,7 +532,7 @@ def test_a_second_ready_of_a_busy_worker_changes_nothing() -> None:
 def test_a_device_that_only_fails_is_quarantined_when_others_succeed_with_its_tasks() -> None:
     story = Story(workers=2)
     story.tasks(20)
-    while not story.of(Halt):
+    while story.goes_on():
         if story.state(0) == "busy":
             story.fails(0, "bad_output")
         if only(story.done(1), Kill):
@@ -542,7 +549,7 @@ def test_a_device_that_only_fails_is_quarantined_when_others_succeed_with_its_ta
 def test_tasks_that_fail_everywhere_cost_no_device() -> None:
     story = Story(workers=2)
     story.tasks(12)
-    while not story.of(Halt):
+    while story.goes_on():
         for worker in (0, 1):
             if story.state(worker) == "busy":
                 story.fails(worker, "bad_output")

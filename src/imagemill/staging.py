@@ -1,0 +1,204 @@
+"""Tasks on their way into a ledger: staged beside it, compared with what it holds, then applied all at once.
+
+Staging lies in SQLite's temporary storage, so that a million rows need no memory and a plan changes nothing on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from imagemill import wire
+from imagemill.plan import Problem, differences
+from imagemill.records import PlannedTask, Ticket
+
+SHOWN = 20
+"""How many rows of a long list an error shows in full."""
+
+TASK_COLUMNS = "position, id, fingerprint, task, needs, batch_group, cost, path, path_key"
+STAGING = """
+DROP TABLE IF EXISTS temp.incoming;
+CREATE TEMP TABLE incoming (
+    position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, fingerprint TEXT NOT NULL, task TEXT NOT NULL,
+    needs TEXT NOT NULL, batch_group TEXT NOT NULL, cost REAL NOT NULL, path TEXT NOT NULL,
+    path_key TEXT NOT NULL UNIQUE, place TEXT NOT NULL);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a source holds against what the folder already knows. `changed` are tasks with other content under old ids."""
+
+    total: int
+    new: int
+    pending: int
+    done: int
+    failed: Mapping[str, int]
+    changed: int
+    differences: tuple[str, ...]
+
+    def to_do(self, retry: Sequence[str] = ()) -> int:
+        """How many pictures a run makes that tries these kinds of failures again; damaged ones come on top."""
+        return self.new + self.pending + self.changed + sum(self.failed.get(kind, 0) for kind in retry)
+
+
+class Staging:
+    """The staged rows of an open ledger; `begin` opens a transaction that `apply` commits and `abandon` rolls back."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def begin(self) -> None:
+        """Forget what was staged and take new rows; nothing of the folder changes until `apply`."""
+        self._db.executescript(STAGING)
+        self._db.execute("BEGIN")
+
+    def add(self, planned: PlannedTask, place: str) -> Problem | None:
+        """Take one task in. Returns what is wrong when its id or path is taken by an earlier row, and leaves it out."""
+        task, ticket = planned.task, planned.ticket
+        path = task.output_path or ""
+        values = (ticket.seq, task.id, planned.fingerprint, wire.to_json(task).decode(), json.dumps(ticket.needs))
+        values += (ticket.group, ticket.cost, path, path.casefold(), place)  # type: ignore[assignment]
+        cursor = self._db.execute("INSERT OR IGNORE INTO incoming VALUES (?,?,?,?,?,?,?,?,?,?)", values)
+        if cursor.rowcount == 1:
+            return None
+        other = self._db.execute("SELECT place FROM incoming WHERE id = ?", (task.id,)).fetchone()
+        if other:
+            return Problem("id", f"{task.id!r} is already that of {other[0]}; give each row its own")
+        row = self._db.execute("SELECT place, path FROM incoming WHERE path_key = ?", (path.casefold(),)).fetchone()
+        same = "" if row[1] == path else f" (up to case: {row[1]!r})"
+        return Problem("output_path", f"{path!r} is already that of {row[0]}{same}; give each row its own")
+
+    def take_back(self, position: int) -> None:
+        """Take back what was staged from this position on."""
+        self._db.execute("DELETE FROM incoming WHERE position >= ?", (position,))
+
+    def compare(self) -> Comparison:
+        """What the staged rows mean for this folder. Reads only."""
+        db = self._db
+        total = db.execute("SELECT count(*) FROM incoming").fetchone()[0]
+        joined = "FROM incoming i JOIN tasks t USING (id)"
+        same = "i.fingerprint = t.fingerprint AND i.path = t.path"
+        states = dict(db.execute(f"SELECT t.state, count(*) {joined} WHERE {same} GROUP BY t.state"))
+        failed = dict(
+            db.execute(f"SELECT t.kind, count(*) {joined} WHERE {same} AND t.state = 'failed' GROUP BY t.kind")
+        )
+        rows = db.execute(f"SELECT i.place, i.id, t.task, i.task {joined} WHERE NOT ({same}) ORDER BY i.position")
+        shown: list[str] = []
+        changed = 0
+        for place, name, old, new in rows:
+            changed += 1
+            if len(shown) < SHOWN:
+                parts = differences(json.loads(old), json.loads(new)) or ["the model, or a file it reads, has changed"]
+                shown.append(f"{place} (id {name!r}): {'; '.join(parts)}")
+        known = sum(states.values())
+        return Comparison(
+            total=total,
+            new=total - known - changed,
+            pending=states.get("pending", 0),
+            done=states.get("done", 0),
+            failed=failed,
+            changed=changed,
+            differences=tuple(shown),
+        )
+
+    def conflicts(self, run: int) -> list[str]:
+        """Staged rows whose path belongs to a task of an earlier source, or whose id the run has had already."""
+        rows = self._db.execute(
+            "SELECT i.place, i.path, t.id FROM incoming i JOIN tasks t USING (path_key) WHERE t.id != i.id "
+            "AND t.id NOT IN (SELECT id FROM incoming) ORDER BY i.position"
+        )
+        found = [
+            f"{place}: output_path {path!r} holds the picture of task {name!r} of an earlier run"
+            for place, path, name in rows
+        ]
+        again = self._db.execute(
+            "SELECT i.place, i.id FROM incoming i JOIN tasks t USING (id) WHERE t.run = ? ORDER BY i.position",
+            (run or -1,),
+        )
+        return found + [
+            f"{place}: id {name!r} came before in this run; give each task its own" for place, name in again
+        ]
+
+    def done(self) -> Iterator[tuple[str, str, str]]:
+        """(id, path, sha256) of every staged task that the folder holds as done."""
+        rows = self._db.execute(
+            "SELECT t.id, t.path, json_extract(t.receipt, '$.sha256') FROM incoming i JOIN tasks t USING (id) "
+            "WHERE t.state = 'done' AND i.fingerprint = t.fingerprint AND i.path = t.path"
+        )
+        yield from rows
+
+    def unkept(self) -> Iterator[str]:
+        """The id of every staged task that a run with the sink `none` has done: its picture was not kept."""
+        rows = self._db.execute(
+            "SELECT t.id FROM incoming i JOIN tasks t USING (id) "
+            "WHERE t.state = 'done' AND i.fingerprint = t.fingerprint AND i.path = t.path "
+            "AND json_extract(t.receipt, '$.sha256') = ''"
+        )
+        for (name,) in rows:
+            yield name
+
+    def new(self) -> Iterator[tuple[str, str]]:
+        """(place, path) of every staged task whose path is that of no task the folder knows."""
+        yield from self._db.execute(
+            "SELECT place, path FROM incoming i "
+            "WHERE NOT EXISTS (SELECT 1 FROM tasks t WHERE t.path_key = i.path_key) ORDER BY position"
+        )
+
+    def paths(self) -> Iterator[str]:
+        """The path of every staged task."""
+        for (path,) in self._db.execute("SELECT path FROM incoming"):
+            yield path
+
+    def tasks(self) -> Iterator[tuple[PlannedTask, str, str]]:
+        """(task, state, kind of failure) of every staged task in order; the state is `new`, `changed` or what is known."""
+        rows = self._db.execute(
+            "SELECT i.position, i.fingerprint, i.task, i.needs, i.batch_group, i.cost, CASE WHEN t.id IS NULL THEN 'new' "
+            "WHEN i.fingerprint != t.fingerprint OR i.path != t.path THEN 'changed' ELSE t.state END, ifnull(t.kind, '') "
+            "FROM incoming i LEFT JOIN tasks t USING (id) ORDER BY i.position"
+        )
+        for position, print_, task, needs, group, cost, state, kind in rows:
+            ticket = Ticket(position, tuple(json.loads(needs)), group, cost)
+            yield PlannedTask(wire.task_from_json(task), print_, ticket), state, kind
+
+    def apply(self, run: int, *, retry: Sequence[str] = (), again: Iterable[str] = ()) -> None:
+        """Make the staged rows the work of the run: new and changed ones, and what is to be done again.
+
+        `retry` are kinds of failures to try again, `again` ids whose pictures are gone or altered.
+        """
+        db = self._db
+        reopen = "UPDATE tasks SET state = 'pending', kind = NULL, message = NULL, receipt = NULL, elapsed = NULL"
+        db.executemany(f"{reopen} WHERE id = ?", ((name,) for name in again))
+        db.executemany(
+            f"{reopen} WHERE state = 'failed' AND kind = ? AND id IN (SELECT id FROM incoming)",
+            ((kind,) for kind in retry),
+        )
+        # A changed task may take the path of another changed one: free all their paths before any is set.
+        differs = "(i.fingerprint != tasks.fingerprint OR i.path != tasks.path)"
+        db.execute(
+            "UPDATE tasks SET path_key = char(0) || tasks.id FROM incoming i WHERE i.id = tasks.id AND i.path != tasks.path"
+        )
+        db.execute(
+            "UPDATE tasks SET state = 'pending', fingerprint = i.fingerprint, task = i.task, path = i.path, "
+            f"path_key = i.path_key, attempts = 0, receipt = NULL, kind = NULL, message = NULL "
+            f"FROM incoming i WHERE i.id = tasks.id AND {differs}"
+        )
+        db.execute(
+            "UPDATE tasks SET run = ?, position = i.position, task = i.task, needs = i.needs, "
+            "batch_group = i.batch_group, cost = i.cost FROM incoming i WHERE i.id = tasks.id",
+            (run,),
+        )
+        db.execute(
+            f"INSERT INTO tasks (run, {TASK_COLUMNS}) SELECT ?, {TASK_COLUMNS} FROM incoming i "
+            "WHERE NOT EXISTS (SELECT 1 FROM tasks t WHERE t.id = i.id)",
+            (run,),
+        )
+        db.execute("COMMIT")
+        db.execute("DROP TABLE temp.incoming")
+
+    def abandon(self) -> None:
+        """Forget what was staged."""
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
