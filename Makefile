@@ -1,7 +1,7 @@
 # `make help` lists the targets. Variables you may set:
 #   PYTHON=python3.12      the interpreter that .venv is made with (3.11 or newer)
 #   PIP_ARGS="..."         more arguments for pip, such as --find-links DIR or --index-url URL
-#   PYTEST_ARGS="..."      more arguments for pytest, such as -n 2 --dist loadfile, -x, -k ledger
+#   PYTEST_ARGS="..."      arguments for pytest instead of -n 2 --dist loadfile, such as -x, -k ledger
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -9,7 +9,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 PIP_ARGS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 # Whatever environment make was started from, .venv stands alone.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_CONSTRAINT

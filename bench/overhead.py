@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 DRIVER = """
-import json, resource, sys, time
+import json, re, sys, time
 from imagemill.engine import Engine
 source, out, workers, sink = sys.argv[1:5]
 with Engine(model="fake", workers=int(workers), device="cpu", isolate=True, sink=sink) as engine:
@@ -26,7 +26,7 @@ with Engine(model="fake", workers=int(workers), device="cpu", isolate=True, sink
     started = time.monotonic()
     done = sum(outcome.ok for outcome in outcomes)
     seconds = time.monotonic() - started
-print(json.dumps({"done": done + first.ok, "seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+print(json.dumps({"done": done + first.ok, "seconds": seconds, "peak": int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])}))
 """
 
 

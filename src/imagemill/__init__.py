@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from imagemill.version import __version__
 
 if TYPE_CHECKING:
-    from imagemill.engine import Engine, RunOptions, RunReport, run
+    from imagemill.api import run
+    from imagemill.engine import Engine, RunOptions, RunReport
     from imagemill.errors import ImagemillError, InputError
     from imagemill.generator import MultiGPUImageGenerator
     from imagemill.records import Lora, Outcome, Task
@@ -29,7 +30,7 @@ _PLACES = {
     "RunOptions": "engine",
     "RunReport": "engine",
     "Task": "records",
-    "run": "engine",
+    "run": "api",
 }
 
 __all__ = [

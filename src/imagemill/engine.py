@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -26,15 +26,15 @@ from imagemill.errors import ImagemillError, InputError, NoWorkersError
 from imagemill.intake import Admission, Intake, Models
 from imagemill.ledger import FILE_NAME, Ledger
 from imagemill.logfiles import DRIVER, LogFiles
+from imagemill.loop import Run
 from imagemill.progress import Progress
 from imagemill.publish import OutputFolder
 from imagemill.records import Outcome, PlannedTask, SinkSpec, Task
-from imagemill.run import Run
 from imagemill.schedule import Scheduler
 from imagemill.version import __version__, machine
 
 CHUNK = 256
-"""Tasks of an iterator that are taken in together."""
+"""Tasks of an iterator that are taken in together, at most."""
 
 Feed = Iterator[tuple[PlannedTask, Outcome | None]]
 """The work of a run in order; a task that an earlier run settled comes with its outcome."""
@@ -109,6 +109,7 @@ class Engine:
         self._keep = keep
         self._crew: Crew | None = None
         self._run: Run | None = None
+        self._stream: Generator[Outcome] | None = None
         self._closed = False
 
     def __enter__(self) -> Engine:
@@ -120,9 +121,18 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """End every worker process and free all device memory. The engine cannot be used afterwards."""
+        """End every worker process and free all device memory; a run that is still open is stopped at once.
+
+        The engine cannot be used afterwards.
+        """
         self._closed = True
+        if self._stream is not None:
+            self._stream.close()
         if self._crew is not None:
+            for number, worker in self._crew.workers.items():
+                if worker.state in ("waiting", "loading"):
+                    # It would hear that it may leave only once it has loaded.
+                    self._crew.executor.kill(number)
             self._crew.executor.close()
             self._crew = None
 
@@ -163,7 +173,8 @@ class Engine:
         options = options or RunOptions()
         folder = Path(out) if out is not None else self.default_folder(source)
         lazy = not isinstance(source, (str, os.PathLike, Sequence))
-        return self._outcomes(self._rows(source, options), folder, options, lazy=lazy)
+        self._stream = self._outcomes(self._rows(source, options), folder, options, lazy=lazy)
+        return self._stream
 
     def default_folder(self, source: object) -> Path:
         """Where pictures go when nobody said: the configured folder, else `outputs/` and the source's name."""
@@ -181,7 +192,7 @@ class Engine:
 
     def _outcomes(
         self, rows: Iterator[sources.Row], path: Path, options: RunOptions, *, lazy: bool
-    ) -> Iterator[Outcome]:
+    ) -> Generator[Outcome]:
         with ExitStack() as stack:
             folder = OutputFolder(path, exclusive=options.ledger is None)
             stack.callback(folder.close)
@@ -194,14 +205,17 @@ class Engine:
                 admission, to_do = Admission(), None
                 book.get(None)
                 choice = self._choose(book, to_do)
+                folder.sweep(ledger.open_folders())
                 self._begin(ledger)
-                feed = _read_as_needed(rows, intake, admission, ledger, options)
+                chunk = min(CHUNK, max(1, self.settings.limits.read_ahead // 4))
+                feed = _read_as_needed(rows, intake, admission, ledger, options, chunk)
             else:
                 admission = intake.stage(rows, limit=options.limit)
                 comparison = intake.check(admission, skip_bad=options.skip_bad, rerun_changed=options.rerun_changed)
                 damaged = intake.damaged()
                 to_do = comparison.to_do(options.retry) + len(damaged)
                 choice = self._choose(book, to_do)
+                folder.sweep(ledger.open_folders())
                 self._begin(ledger)
                 intake.accept(admission, retry=options.retry, again=damaged)
                 feed = ledger.work()
@@ -316,11 +330,11 @@ class Engine:
 
 
 def _read_as_needed(
-    rows: Iterator[sources.Row], intake: Intake, total: Admission, ledger: Ledger, options: RunOptions
+    rows: Iterator[sources.Row], intake: Intake, total: Admission, ledger: Ledger, options: RunOptions, size: int
 ) -> Feed:
     """Take an iterator in by chunks; each chunk is checked before its first task starts."""
     rows = islice(rows, options.limit)
-    while chunk := list(islice(rows, CHUNK)):
+    while chunk := list(islice(rows, size)):
         admission = intake.stage(chunk, first=total.tasks)
         intake.check(admission, skip_bad=options.skip_bad, rerun_changed=options.rerun_changed, part=True)
         intake.accept(admission, retry=options.retry, again=intake.damaged())
@@ -356,27 +370,3 @@ def make_settings(given: str | os.PathLike[str] | Settings | None, overrides: Ma
     base = given if isinstance(given, Settings) else config.load_settings(given) if given is not None else Settings()
     keys = {SHORT_NAMES.get(name, name): value for name, value in overrides.items()}
     return config.merge(base, keys, {key: name for name, key in SHORT_NAMES.items()})
-
-
-def run(
-    source: str | os.PathLike[str] | Iterable[Task | Mapping[str, Any] | str],
-    out: str | os.PathLike[str] | None = None,
-    *,
-    options: RunOptions | None = None,
-    **settings: Any,
-) -> RunReport:
-    """Run a source to its end and write the report; the call behind `imagemill run`.
-
-    `settings` are those of `Engine`. Returns what became of the tasks; failures of tasks are counted, not raised.
-    """
-    from imagemill.report import write_reports
-
-    with Engine(keep=False, **settings) as engine:
-        folder = Path(out) if out is not None else engine.default_folder(source)
-        for _ in engine.run(source, folder, options):
-            pass
-        report = engine.report
-    write_reports(folder)
-    if report is None:
-        raise RuntimeError("the run ended without a report")
-    return report

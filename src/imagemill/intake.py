@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 
 from imagemill import plan
 from imagemill.config import Settings
@@ -207,9 +206,7 @@ class Intake:
         return [*self.folder.damaged(self._ledger.staging.done()), *self._ledger.staging.unkept()]
 
     def accept(self, admission: Admission, *, retry: Iterable[str], again: Iterable[str]) -> None:
-        """Make what is staged the work of the ledger's run; what a dead run left half-written is removed."""
-        if self._keeps_files:
-            self.folder.sweep({str(PurePosixPath(path).parent) for path in self._ledger.staging.paths()})
+        """Make what is staged the work of the ledger's run."""
         for place, reason in admission.skipped:
             self._ledger.skip(place, reason)
         self._ledger.staging.apply(self._ledger.run, retry=tuple(retry), again=again)

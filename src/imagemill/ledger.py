@@ -10,7 +10,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from imagemill import wire
@@ -68,6 +68,7 @@ class Ledger:
         self.path = path
         self.folder = folder or path.parent
         self.run = 0
+        self._fresh = False
         try:
             name = f"{path.absolute().as_uri()}?mode=ro" if read_only else path
             self._db = sqlite3.connect(name, uri=read_only, isolation_level=None)
@@ -91,6 +92,7 @@ class Ledger:
         if not read_only:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
+        self._fresh = new
         if new:
             self._db.executescript(f"BEGIN; {SCHEMA} INSERT INTO meta VALUES ('version', '{VERSION}'); COMMIT;")
 
@@ -108,8 +110,10 @@ class Ledger:
             raise LedgerError(f"{self.path}: the ledger is damaged ({verdict}); move it away to start over")
 
     def close(self) -> None:
-        """Close the file; everything committed is on disk."""
+        """Close the file; everything committed is on disk. A new file that no run was begun in is removed."""
         self._db.close()
+        if self._fresh and not self.run:
+            self.path.unlink(missing_ok=True)
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
@@ -139,6 +143,13 @@ class Ledger:
     def counts(self) -> dict[str, int]:
         """Tasks of the current run by state."""
         return dict(self._db.execute("SELECT state, count(*) FROM tasks WHERE run = ? GROUP BY state", (self.run,)))
+
+    def open_folders(self) -> set[str]:
+        """The folders of tasks that are not settled, in which a run that died may have left temporary files."""
+        return {
+            str(PurePosixPath(path).parent)
+            for (path,) in self._db.execute("SELECT path FROM tasks WHERE state = 'pending'")
+        }
 
     def resumed(self) -> int:
         """Tasks of the current run that an earlier run had done."""

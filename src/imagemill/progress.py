@@ -23,6 +23,9 @@ PLAIN_INTERVAL = 5.0
 RATE_WINDOW = 200
 """Ended pictures from which the current rate is taken."""
 
+RATE_SPAN = 0.5
+"""Seconds: outcomes are committed together, so that fewer say nothing of a rate."""
+
 
 class Progress(Protocol):
     """Is told what happens; shows it or not."""
@@ -76,8 +79,8 @@ class Tally:
     round_text: str = ""
 
     def rate(self) -> float:
-        """Pictures a second over the last ones; 0 before there are two."""
-        if len(self.ends) < 2 or self.ends[-1] <= self.ends[0]:
+        """Pictures a second over the last ones; 0 until they span `RATE_SPAN`."""
+        if len(self.ends) < 2 or self.ends[-1] - self.ends[0] < RATE_SPAN:
             return 0.0
         return (len(self.ends) - 1) / (self.ends[-1] - self.ends[0])
 

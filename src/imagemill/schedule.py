@@ -124,9 +124,12 @@ class Scheduler:
             return 0
         oldest = next(iter(self._unsettled.values()), None)
         held_back = self._arrived - oldest.ordinal if oldest else 0
-        # Lockstep waits for a full round: less than that read ahead would never fill one.
-        ahead = max(self.limits.read_ahead, 2 * len(self.board.workers))
-        return max(0, min(ahead - len(self.board.backlog), READ_AHEADS * ahead - held_back))
+        return max(0, min(self.ahead - len(self.board.backlog), READ_AHEADS * self.ahead - held_back))
+
+    @property
+    def ahead(self) -> int:
+        """How many tasks may wait. Lockstep waits for a full round: fewer would never fill one."""
+        return max(self.limits.read_ahead, 2 * len(self.board.workers))
 
     def wake_at(self) -> float | None:
         """When a `Tick` will change something; None if only an event can. Never before the last event."""

@@ -147,11 +147,6 @@ class Staging:
             "WHERE NOT EXISTS (SELECT 1 FROM tasks t WHERE t.path_key = i.path_key) ORDER BY position"
         )
 
-    def paths(self) -> Iterator[str]:
-        """The path of every staged task."""
-        for (path,) in self._db.execute("SELECT path FROM incoming"):
-            yield path
-
     def tasks(self) -> Iterator[tuple[PlannedTask, str, str]]:
         """(task, state, kind of failure) of every staged task in order; the state is `new`, `changed` or what is known."""
         rows = self._db.execute(

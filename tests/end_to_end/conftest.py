@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 COMMAND = (sys.executable, "-m", "imagemill.cli")
 MARK = "IMAGEMILL_TEST_MARK"
-PATIENCE = 120.0
+PATIENCE = 60.0
 """Seconds until a test gives up waiting for something that should come: far more than it takes."""
 
 T = TypeVar("T")
@@ -147,7 +147,7 @@ class Workplace:
             env=self.environment(**environment),
             input=stdin if stdin is not None else b"",
             capture_output=True,
-            timeout=2 * PATIENCE,
+            timeout=4 * PATIENCE,
             check=False,
         )
         return Ended(ended.returncode, ended.stdout.decode(), ended.stderr.decode())

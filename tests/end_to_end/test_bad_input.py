@@ -89,7 +89,7 @@ ROWS: list[tuple[str, str, tuple[str, ...]]] = [
 ]
 
 FILES: list[tuple[str, str | bytes, tuple[str, ...]]] = [
-    ("same_id", '{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}\n', ("line 2", "id 'x'", "line 1", "its own")),
+    ("same_id", '{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}\n', ("line 2", "'x'", "line 1", "its own")),
     ("id_of_a_row", '{"prompt": "a", "id": "000002"}\n{"prompt": "b"}\n', ("line 2", "'000002'", "line 1")),
     (
         "same_path",

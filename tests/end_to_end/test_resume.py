@@ -312,7 +312,7 @@ def test_the_first_signal_finishes_what_is_in_flight_and_starts_nothing_more(
     ended = running.wait()
     assert ended.code == code, ended.text
     assert "Traceback" not in ended.err
-    assert "stops at once" in ended.err
+    assert "stopping" in ended.err
     assert "not reached; the same command goes on" in ended.out
     assert_nothing_is_left(place)
     states = list(place.states().values())
@@ -336,7 +336,7 @@ def test_the_second_signal_stops_at_once(
     running = place.start_fake(place.tasks(rows), "out", *crew, "--schedule", "static")
     wait_until(lambda: len(list((place.folder / "out").glob("*.png"))) == 4)
     running.signal(signal.SIGINT)
-    wait_until(lambda: "stops at once" in running.err)
+    wait_until(lambda: "stopping" in running.err)
     running.signal(signal.SIGINT)
     ended = running.wait()
     assert ended.code == 130, ended.text

@@ -379,8 +379,20 @@ def test_temporary_files_of_a_dead_run_are_swept(folder: Folder) -> None:
     (folder.path / "x").mkdir()
     (folder.path / "x" / ".imagemill-0-1-abc.part").touch()
     (folder.path / "x" / "mine.part").touch()
-    folder.takes(task("a", output_path="x/a.png"))
+    ledger, out = Ledger(folder.path / FILE_NAME), OutputFolder(folder.path)
+    assert ledger.open_folders() == {"x"}
+    out.sweep(ledger.open_folders())
+    ledger.close()
+    out.close()
     assert [place.name for place in (folder.path / "x").iterdir()] == ["mine.part"]
+
+
+def test_taking_a_chunk_in_leaves_the_temporary_files_of_the_run_alone(folder: Folder) -> None:
+    folder.takes(task("a", output_path="x/a.png"))
+    (folder.path / "x").mkdir()
+    (folder.path / "x" / ".imagemill-0-1-abc.part").touch()
+    folder.takes(task("b", output_path="x/b.png"))
+    assert [place.name for place in (folder.path / "x").iterdir()] == [".imagemill-0-1-abc.part"]
 
 
 # --- files of others ----------------------------------------------------------------------------------------------------

@@ -52,6 +52,9 @@ COMMIT_INTERVAL = 0.05
 """Seconds that ended tasks may wait to be committed together; one fsync of the ledger then serves them all."""
 
 COMMIT_SIZE = 256
+AHEAD_OF_READER = 3
+"""How many times `read_ahead` tasks may be taken in that were not handed out yet."""
+
 REFRESH = 0.5
 """Seconds between two looks of the progress display at most."""
 
@@ -151,8 +154,9 @@ class Run:
             self._commit(force=True)
 
     def _feed(self) -> None:
-        wanted, waiting = self.scheduler.wanted(), len(self.scheduler.board.backlog)
-        if not wanted or (waiting and wanted < self.scheduler.limits.read_ahead // 4):
+        ahead, waiting = self.scheduler.ahead, len(self.scheduler.board.backlog)
+        wanted = min(self.scheduler.wanted(), AHEAD_OF_READER * ahead - len(self._order))
+        if wanted <= 0 or (waiting and wanted < ahead // 4):
             return
         arrived = []
         for planned, outcome in self._feed_rows:
