@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -69,6 +70,7 @@ class Ledger:
         self.folder = folder or path.parent
         self.run = 0
         self._fresh = False
+        self._read_only = read_only
         try:
             name = f"{path.absolute().as_uri()}?mode=ro" if read_only else path
             self._db = sqlite3.connect(name, uri=read_only, isolation_level=None)
@@ -111,6 +113,11 @@ class Ledger:
 
     def close(self) -> None:
         """Close the file; everything committed is on disk. A new file that no run was begun in is removed."""
+        if not self._read_only:
+            # Out of WAL the ledger is one file, which a reader of a read-only folder can open. A reader that is at
+            # work forbids the change; the next run makes it.
+            with suppress(sqlite3.OperationalError):
+                self._db.execute("PRAGMA journal_mode = DELETE")
         self._db.close()
         if self._fresh and not self.run:
             self.path.unlink(missing_ok=True)

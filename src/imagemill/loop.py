@@ -10,6 +10,7 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from imagemill.errors import ImagemillError, OutputError
@@ -96,6 +97,7 @@ class Run:
         self._progress = progress
         self._wall = started - time.monotonic()
         self._started = time.monotonic()
+        self._more_at_hand = False
         self._tasks: dict[int, PlannedTask] = {}
         self._order: deque[int] = deque()
         self._ended: dict[int, Outcome] = {}
@@ -155,24 +157,29 @@ class Run:
 
     def _feed(self) -> None:
         ahead, waiting = self.scheduler.ahead, len(self.scheduler.board.backlog)
-        wanted = min(self.scheduler.wanted(), AHEAD_OF_READER * ahead - len(self._order))
+        room = AHEAD_OF_READER * ahead - len(self._order)
+        wanted = min(self.scheduler.wanted(), room)
+        self._more_at_hand = False
         if wanted <= 0 or (waiting and wanted < ahead // 4):
             return
-        arrived = []
-        for planned, outcome in self._feed_rows:
+        arrived, ended = [], True
+        for planned, outcome in islice(self._feed_rows, room):
             seq = planned.ticket.seq
             self._order.append(seq)
+            room -= 1
             if outcome is not None:
                 self._ended[seq] = outcome
                 self._progress.settled(outcome)
-                continue
-            self._tasks[seq] = planned
-            arrived.append(planned.ticket)
-            if len(arrived) >= wanted:
+            else:
+                self._tasks[seq] = planned
+                arrived.append(planned.ticket)
+            if len(arrived) >= wanted or not room:
+                ended = False
                 break
+        self._more_at_hand = not ended and not arrived
         if arrived:
             self._take(TasksArrived(tuple(arrived)))
-        if len(arrived) < wanted:
+        if ended:
             self._take(SourceEnded())
 
     def _asked(self) -> Iterator[Event]:
@@ -180,7 +187,7 @@ class Run:
             yield self._requests.popleft()
 
     def _timeout(self) -> float:
-        if self._requests or self.halt:
+        if self._requests or self.halt or self._more_at_hand:
             return 0.0
         now = time.monotonic()
         moments = [now + REFRESH, self.scheduler.wake_at() or now + REFRESH]
