@@ -5,10 +5,12 @@ Exit codes: 0 everything is done, 1 something failed or is left, 2 bad input, 13
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -54,6 +56,9 @@ if TYPE_CHECKING:
     from imagemill.config import Settings
     from imagemill.engine import Engine, RunOptions, RunReport
     from imagemill.progress import Progress
+
+AT_ONCE = 5.0
+"""Seconds after the second signal at which the command ends, however its worker behaves."""
 
 app = typer.Typer(
     name="imagemill",
@@ -219,9 +224,21 @@ def _run(source: str, out: Path | None, settings: Settings, options: RunOptions,
         report = engine.report
     if report is None:
         raise InputError("the run was stopped before it began")
-    reports = write_reports(folder)
-    typer.echo(summary(report))
-    typer.echo(f"pictures: {folder}\nreport:   {reports.page}")
+    lines = [summary(report)]
+    if settings.output.sink == "files":
+        lines.append(f"pictures: {folder}")
+    try:
+        lines.append(f"report:   {write_reports(folder).page}")
+    except ImagemillError as error:
+        if fault is None:
+            raise
+        lines.append(f"no report: {error}")
+    with suppress(BrokenPipeError):
+        # Whoever read our output has gone; that changes nothing of what was done.
+        print("\n".join(lines), flush=True)
+        lines = []
+    if lines:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if fault is not None:
         raise fault
     raise typer.Exit(stopped[0] if stopped else report.exit_code)
@@ -252,6 +269,11 @@ def stop_signals(engine: Engine, show: Progress) -> Iterator[list[int]]:
     def stop(number: int, frame: FrameType | None) -> None:
         code.append(128 + number)
         under_way = engine.drain() if len(code) == 1 else engine.cancel()
+        if len(code) == 2:
+            # A worker inside this process that hangs cannot be ended; whatever it does, we go.
+            last_resort = threading.Timer(AT_ONCE, os._exit, [code[0]])
+            last_resort.daemon = True
+            last_resort.start()
         if not under_way:
             raise KeyboardInterrupt
         if len(code) == 1:

@@ -14,8 +14,7 @@ from imagemill.devices import Choice
 from imagemill.executors import Executor, inline, processes
 from imagemill.intake import Models
 from imagemill.policies import Worker
-from imagemill.records import ModelSpec, WorkerSpec
-from imagemill.runners.fake import LABEL_VARIABLE
+from imagemill.records import LABEL_VARIABLE, ModelSpec, WorkerSpec
 from imagemill.schedule import Limits
 
 DEFAULT_MODEL = "tiny"

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from inspect import GEN_CLOSED, GEN_SUSPENDED, getgeneratorstate
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +24,7 @@ from imagemill import config, crew, progress, sources
 from imagemill.config import Settings
 from imagemill.crew import Crew
 from imagemill.devices import Choice
-from imagemill.errors import ImagemillError, InputError, NoWorkersError
+from imagemill.errors import ImagemillError, InputError, NoWorkersError, OutputError
 from imagemill.intake import Admission, Intake, Models
 from imagemill.ledger import FILE_NAME, Ledger
 from imagemill.logfiles import DRIVER, LogFiles
@@ -109,7 +111,8 @@ class Engine:
         self._keep = keep
         self._crew: Crew | None = None
         self._run: Run | None = None
-        self._stream: Generator[Outcome] | None = None
+        # Weak: a loop that is left early drops its iterator, and that ends the run.
+        self._stream: Callable[[], Generator[Outcome] | None] = lambda: None
         self._closed = False
 
     def __enter__(self) -> Engine:
@@ -126,8 +129,15 @@ class Engine:
         The engine cannot be used afterwards.
         """
         self._closed = True
-        if self._stream is not None:
-            self._stream.close()
+        try:
+            stream = self._stream()
+            if stream is not None:
+                stream.close()
+        finally:
+            self._dismiss()
+
+    def _dismiss(self) -> None:
+        """End the workers."""
         if self._crew is not None:
             for number, worker in self._crew.workers.items():
                 if worker.state in ("waiting", "loading"):
@@ -147,7 +157,7 @@ class Engine:
         return run is not None
 
     def cancel(self) -> bool:
-        """Stop the current run at once; False if none is under way."""
+        """Stop the current run at once, as soon as somebody asks for its next outcome; False if none is under way."""
         run = self._run
         if run is not None:
             run.cancel()
@@ -168,13 +178,25 @@ class Engine:
         """
         if self._closed:
             raise InputError("this engine is closed; make a new one")
-        if self._run is not None:
-            raise InputError("this engine runs already; end that run, or make a second engine")
+        if isinstance(source, Mapping) or not isinstance(source, (str, os.PathLike, Iterable)):
+            raise InputError("the tasks are no list: give a file's path, or a list of tasks, dicts or prompts")
+        self._end_last_run()
         options = options or RunOptions()
         folder = Path(out) if out is not None else self.default_folder(source)
         lazy = not isinstance(source, (str, os.PathLike, Sequence))
-        self._stream = self._outcomes(self._rows(source, options), folder, options, lazy=lazy)
-        return self._stream
+        stream = self._outcomes(self._rows(source, options), folder, options, lazy=lazy)
+        self._stream = weakref.ref(stream)
+        return stream
+
+    def _end_last_run(self) -> None:
+        """Close a run that has ended but was not read to its end. Raises `InputError` when it is still going on."""
+        stream = self._stream()
+        if stream is None or getgeneratorstate(stream) == GEN_CLOSED:
+            return
+        over = self._run is not None and self._run.halt is not None
+        if getgeneratorstate(stream) != GEN_SUSPENDED or not over:
+            raise InputError("this engine runs already; read that run to its end or close it, or make a second engine")
+        stream.close()
 
     def default_folder(self, source: object) -> Path:
         """Where pictures go when nobody said: the configured folder, else `outputs/` and the source's name."""
@@ -259,20 +281,29 @@ class Engine:
             status, message = type(error).__name__, str(error)
             raise
         except (GeneratorExit, KeyboardInterrupt):
-            status = "cancelled"
+            status = "done" if run is not None and run.halt is not None and run.halt.reason == "done" else "cancelled"
             raise
         finally:
             if run is not None and self._crew is not None:
                 self._crew.workers = run.scheduler.board.workers
             self._run = None
             self._progress.end()
-            stats = {"policy": str(self.settings.schedule), **(run.stats() if run is not None else {})}
-            ledger.end_run(time.time(), status, stats)
             self.report = self._report(ledger, folder, admission, status, message, time.monotonic() - begun)
+            self._end_run(ledger, run, status)
         if status == "no_workers":
             raise NoWorkersError(f"no worker is left: {message}; what is done is kept, the same command goes on")
         if status == "bad_model":
             raise InputError(f"the model does not load: {message}")
+
+    def _end_run(self, ledger: Ledger, run: Run | None, status: str) -> None:
+        """Write the run's end. A ledger that cannot be written hides no other cause."""
+        stats = {"policy": str(self.settings.schedule), **(run.stats() if run is not None else {})}
+        try:
+            ledger.end_run(time.time(), status, stats)
+        except OutputError:
+            if status == "done":
+                raise
+            log.exception("the end of the run could not be written")
 
     def _settled(self, feed: Feed, ledger: Ledger) -> Iterator[Outcome]:
         """Nothing is to do: no worker starts."""

@@ -39,6 +39,7 @@ class Forecast:
     comparison: Comparison
     admission: Admission
     to_do: int
+    damaged: int
     models: tuple[models.Model, ...]
     groups: tuple[Group, ...]
     adapters: tuple[Adapter, ...]
@@ -80,6 +81,7 @@ def forecast(source: str, out: Path | None, settings: Settings, options: RunOpti
             comparison=comparison,
             admission=admission,
             to_do=to_do,
+            damaged=len(damaged),
             models=used,
             groups=estimate.groups(_work(ledger, options, damaged)),
             adapters=_adapters(intake, ledger),

@@ -34,6 +34,7 @@ class MultiGPUImageGenerator:
     ) -> None:
         self.output_dir = Path(output_dir).absolute()
         settings.setdefault("log_folder", str(self.output_dir / "logs"))
+        self._made = 0
         self._engine = Engine(gpus=num_gpus, gpu_ids=gpu_ids, **settings)
 
     def __enter__(self) -> MultiGPUImageGenerator:
@@ -58,7 +59,11 @@ class MultiGPUImageGenerator:
         """
         if not tasks:
             return []
-        places = [self._place(task, number) for number, task in enumerate(tasks)]
+        for number, task in enumerate(tasks):
+            if not isinstance(task, Mapping):
+                raise InputError(f"task {number}: {type(task).__name__} is no dict; give one with a prompt")
+        places = [self._place(task, number) for number, task in enumerate(tasks, self._made)]
+        self._made += len(tasks)
         root = Path(os.path.commonpath([place.parent for place in places]))
         rows = [
             {

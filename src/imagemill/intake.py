@@ -96,7 +96,16 @@ class Intake:
     def stage(self, rows: Iterable[Row], *, first: int = 0, limit: int | None = None) -> Admission:
         """Stage every row, up to `limit` tasks' rows; problems are collected, not raised."""
         self._ledger.staging.begin()
+        try:
+            return self._stage(rows, first, limit)
+        except BaseException:
+            self._ledger.staging.abandon()
+            raise
+
+    def _stage(self, rows: Iterable[Row], first: int, limit: int | None) -> Admission:
         admission = Admission()
+        for lora in self._defaults.loras:
+            self.inputs.lora(lora.path)  # the run's own: no row is to blame for it
         seq = first
         for row in rows:
             if limit is not None and admission.rows >= limit:
@@ -169,18 +178,16 @@ class Intake:
         try:
             if admission.tasks == 0 and not part and (skip_bad or not admission.bad_rows):
                 raise InputError("the source holds no task that could run")
-            return self._compare(admission, skip_bad=skip_bad, rerun_changed=rerun_changed)
+            if admission.bad_rows and not skip_bad:
+                start = "the run ends here, what is done is kept" if part else "nothing was started"
+                hint = f"{start}; mend the rows, or leave them out (--skip-bad)"
+                raise TaskFileError(admission.bad, admission.bad_rows, hint)
+            return self._compare(rerun_changed=rerun_changed)
         except BaseException:
             self._ledger.staging.abandon()
             raise
 
-    def _compare(self, admission: Admission, *, skip_bad: bool, rerun_changed: bool) -> Comparison:
-        if admission.bad_rows and not skip_bad:
-            raise TaskFileError(
-                admission.bad,
-                admission.bad_rows,
-                "nothing was started; mend the rows, or leave them out with --skip-bad",
-            )
+    def _compare(self, *, rerun_changed: bool) -> Comparison:
         comparison = self._ledger.staging.compare()
         conflicts = self._ledger.staging.conflicts(self._ledger.run) + self._foreign_files()
         if conflicts:

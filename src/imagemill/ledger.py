@@ -17,7 +17,7 @@ from typing import Any
 from imagemill import wire
 from imagemill.errors import LedgerError
 from imagemill.records import Outcome, PlannedTask, Receipt, Settle, Ticket
-from imagemill.staging import Staging
+from imagemill.staging import Staging, writing
 
 FILE_NAME = "ledger.sqlite"
 VERSION = "1"
@@ -81,7 +81,8 @@ class Ledger:
                 raise
         except sqlite3.DatabaseError as error:
             raise LedgerError(
-                f"{path}: the ledger does not read ({error}); move the file away to start over: every picture is then made again"
+                f"{path}: the ledger does not read ({error}); move the folder away or give another --out, "
+                "every picture is then made again"
             ) from error
         self._db.execute("PRAGMA temp_store = FILE")
         self.staging = Staging(self._db)
@@ -109,7 +110,9 @@ class Ledger:
         verdict = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if verdict != "ok":
             verdict = " ".join(verdict.split())
-            raise LedgerError(f"{self.path}: the ledger is damaged ({verdict}); move it away to start over")
+            raise LedgerError(
+                f"{self.path}: the ledger is damaged ({verdict}); move the folder away or give another --out"
+            )
 
     def close(self) -> None:
         """Close the file; everything committed is on disk. A new file that no run was begun in is removed."""
@@ -124,6 +127,7 @@ class Ledger:
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
+    @writing()
     def begin_run(self, started: float, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> int:
         """A new run; its number is also kept in `run`."""
         self._db.execute("UPDATE runs SET status = 'died' WHERE status = 'running'")
@@ -132,6 +136,7 @@ class Ledger:
         self.run = int(cursor.lastrowid or 0)
         return self.run
 
+    @writing()
     def end_run(self, ended: float, status: str, stats: Mapping[str, Any]) -> None:
         """Write how the run ended: done, failed, drained, cancelled, no_workers, bad_model or output_error."""
         self._db.execute(
@@ -139,10 +144,12 @@ class Ledger:
             (ended, status, json.dumps(stats), self.run),
         )
 
+    @writing()
     def note_stats(self, stats: Mapping[str, Any]) -> None:
         """What is known of the run while it goes on, for a report made before its end."""
         self._db.execute("UPDATE runs SET stats = ? WHERE run = ?", (json.dumps(stats), self.run))
 
+    @writing()
     def skip(self, place: str, reason: str) -> None:
         """Remember a row of the source that made no task."""
         self._db.execute("INSERT INTO skipped VALUES (?,?,?)", (self.run, place, reason))
@@ -185,21 +192,24 @@ class Ledger:
         planned = PlannedTask(task, print_, Ticket(position, tuple(json.loads(needs)), group, cost))
         if state == "pending":
             return planned, None
+        made = wire.adapter(Receipt).validate_json(receipt) if receipt else None
+        kept = made is not None and made.path
         outcome = Outcome(
             task=task,
             seq=position,
             state=state,
-            path=str(self.folder / (task.output_path or "")) if state == "done" else "",
+            path=str(self.folder / (task.output_path or "")) if state == "done" and kept else "",
             kind=kind,
             message=message or "",
             attempts=attempts,
             worker=worker,
             elapsed=elapsed or 0.0,
-            receipt=wire.adapter(Receipt).validate_json(receipt) if receipt else None,
+            receipt=made,
             resumed=True,
         )
         return planned, outcome
 
+    @writing()
     def settle(self, settled: Iterable[tuple[str, Settle]], attempts: Iterable[Attempt], now: float) -> None:
         """Commit outcomes and attempts, all or none; when this returns they are on disk."""
         self._db.execute("BEGIN")
@@ -216,11 +226,13 @@ class Ledger:
                 "receipt = ? WHERE id = ?",
                 (_settled_row(name, settle, now) for name, settle in settled),
             )
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
+    @writing()
     def span(self, worker: int, what: str, started: float, ended: float, note: str = "") -> None:
         """Remember what a worker did outside batches: `load`, or `lost` with the reason."""
         self._db.execute("INSERT INTO spans VALUES (?,?,?,?,?,?)", (self.run, worker, what, started, ended, note))

@@ -84,7 +84,12 @@ def forecast_text(forecast: Forecast) -> str:
 def _head(forecast: Forecast) -> str:
     known = forecast.comparison
     lines = [f"{forecast.source} -> {forecast.folder}: {known.total} pictures, {forecast.to_do} to do"]
-    found = [(known.done, "done already"), (sum(known.failed.values()), "failed before"), (known.changed, "changed")]
+    found = [
+        (known.done - forecast.damaged, "done already"),
+        (forecast.damaged, "done, but the picture is gone or altered"),
+        (sum(known.failed.values()), "failed before"),
+        (known.changed, "changed"),
+    ]
     lines += [f"  {number} {what}" for number, what in found if number]
     skipped = forecast.admission.skipped
     lines += [f"  {place}: skipped: {reason}" for place, reason in skipped[:SHOWN]]

@@ -6,10 +6,10 @@ Every turn of the loop reads as: feed, hear, decide and perform, commit, hand ou
 from __future__ import annotations
 
 import logging
-import sqlite3
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -28,6 +28,7 @@ from imagemill.records import (
     Dispatch,
     Drain,
     Event,
+    Failure,
     Halt,
     Kill,
     Load,
@@ -196,8 +197,7 @@ class Run:
         return max(0.0, min(moments) - now)
 
     def _take(self, event: Event) -> None:
-        if self.halt is not None:
-            return
+        """Hear a fact and do what is decided. After the end the scheduler still notes how the workers are."""
         now = time.monotonic()
         self._note(event, now)
         for command in self.scheduler.on(event, now):
@@ -279,14 +279,21 @@ class Run:
 
     def _settle(self, settle: Settle) -> None:
         planned = self._tasks.pop(settle.seq)
-        path = ""
-        if settle.receipt is not None:
+        path, receipt = "", settle.receipt
+        if receipt is not None:
             try:
-                path = self._folder.publish(settle.receipt)
+                path = self._folder.publish(receipt)
+            except (IsADirectoryError, NotADirectoryError) as error:
+                # That is this task's own trouble: another thing has its place.
+                self._folder.discard(receipt.temporary)
+                message = f"{receipt.path} cannot be put in its place: {error.strerror}"
+                settle = replace(
+                    settle, receipt=None, failure=Failure(settle.seq, settle.attempts, "bad_task", message)
+                )
             except OSError as error:
-                self._stop_for(OutputError(f"the output folder refuses {settle.receipt.path}: {error}"))
+                self._stop_for(OutputError(f"the output folder refuses {receipt.path}: {error}"))
                 return
-            if self._first_picture is None:
+            if settle.receipt is not None and self._first_picture is None:
                 self._first_picture = time.monotonic() - self._started
         failure = settle.failure
         if failure is not None:
@@ -325,7 +332,7 @@ class Run:
         try:
             self._folder.sync()
             self._ledger.settle(self._uncommitted, self._attempts, self._wall + now)
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             raise OutputError(f"the output folder cannot be written: {error}") from error
         for outcome in self._outcomes:
             self._ended[outcome.seq] = outcome
@@ -352,5 +359,5 @@ class Run:
                     if ticket.seq in self._tasks:
                         self._folder.discard(temporary_path(self._tasks[ticket.seq], attempt))
         for number, known in crew.items():
-            if known.state != "quarantined" and number not in leaving:
-                known.state, known.resident, known.batch = "absent", frozenset(), None
+            if number not in leaving:
+                known.is_gone()

@@ -54,6 +54,12 @@ class Worker:
         """What it has resident, or will have once its batch has ended."""
         return frozenset(self.batch.needs) if self.batch else self.resident
 
+    def is_gone(self) -> None:
+        """Its process has ended; one that is out for good stays so."""
+        self.batch, self.resident, self.ending = None, frozenset(), ""
+        if self.state != "quarantined":
+            self.state = "absent"
+
     def match(self, needs: Sequence[str]) -> tuple[bool, ...]:
         """Which needs it satisfies, dearest first; tuples compare so that a dearer need always decides."""
         return tuple(need in self.resident for need in needs)

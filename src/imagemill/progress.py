@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -200,7 +201,14 @@ class Plain(Silent):
 
     def note(self, text: str) -> None:
         """Print the line."""
-        print(text, file=self._out, flush=True)
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        try:
+            print(text, file=self._out, flush=True)
+        except BrokenPipeError:
+            # Whoever read the lines has gone; the run goes on without them.
+            self._out = open(os.devnull, "w")  # noqa: SIM115
 
     def refresh(self, scheduler: Scheduler) -> None:
         """Say how far the run is, when it is time and there is news."""
@@ -213,7 +221,7 @@ class Plain(Silent):
         text = f"{self.tally.round_text}: {self.tally.line()}" if self.tally.round_text else self.tally.line()
         if text != self._said:
             self._said = text
-            print(text, file=self._out, flush=True)
+            self._print(text)
 
     def end(self) -> None:
         """Say the last count."""

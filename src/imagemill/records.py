@@ -15,6 +15,9 @@ SEMANTICS_VERSION = 1
 """Part of every fingerprint. Raised when the same task would give another picture than the release before."""
 
 
+LABEL_VARIABLE = "IMAGEMILL_WORKER_LABEL"
+"""The environment variable that tells a worker process what its device is called."""
+
 # --- what a user asks for ---------------------------------------------------------------------------------------------
 
 

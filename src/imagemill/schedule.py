@@ -144,6 +144,7 @@ class Scheduler:
     def on(self, event: Event, now: float) -> list[Command]:
         """Take a fact, return decisions. `now` is monotonic seconds and never goes back."""
         if self._halted:
+            self._take_note(event)
             return []
         self._account(now)
         commands: list[Command] = []
@@ -172,6 +173,18 @@ class Scheduler:
             case Cancel():
                 return [*commands, *self._cancel()]
         return [*commands, *self._advance(now)]
+
+    def _take_note(self, event: Event) -> None:
+        """After the end: no decisions, but the workers' state goes on to the next run."""
+        match event:
+            case WorkerReady(number, resident):
+                self._on_ready(self.board.workers[number], resident)
+            case BatchEnded(number):
+                worker = self.board.workers[number]
+                if worker.state == "busy":
+                    worker.state, worker.batch, worker.resident = "idle", None, event.resident
+            case WorkerLost(number):
+                self.board.workers[number].is_gone()
 
     def _on_ready(self, worker: Worker, resident: frozenset[str]) -> None:
         if worker.state == "loading" and not worker.ending:
@@ -304,10 +317,10 @@ class Scheduler:
         if self._halted:
             return []
         board = self.board
-        if self._end:
-            return [] if board.in_flight else self._halt(self._end)
         if board.source_ended and not self._unsettled:
             return self._halt(Halt("done"))
+        if self._end:
+            return [] if board.in_flight else self._halt(self._end)
         if not any(worker.usable for worker in board.workers.values()):
             return [] if board.in_flight else self._halt(Halt("no_workers", self._last_loss))
         return [*self._staff(now), *self._assign(now)]
@@ -319,7 +332,7 @@ class Scheduler:
         if len(self.board.backlog):
             for worker in self._crew(now):
                 if worker.state == "absent" and worker.not_before <= now:
-                    worker.state = "waiting"
+                    worker.state, worker.ending = "waiting", ""
                     commands.append(Spawn(worker.id))
         loading = sum(worker.state == "loading" for worker in workers)
         for worker in workers:

@@ -8,11 +8,16 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from imagemill import wire
+from imagemill.errors import OutputError
 from imagemill.plan import Problem, differences
 from imagemill.records import PlannedTask, Ticket
+
+MAX_TASK = 512 * 1024
+"""Bytes of a task as JSON: it travels to a worker, and 64 of them must fit into one frame."""
 
 SHOWN = 20
 """How many rows of a long list an error shows in full."""
@@ -44,6 +49,15 @@ class Comparison:
         return self.new + self.pending + self.changed + sum(self.failed.get(kind, 0) for kind in retry)
 
 
+@contextmanager
+def writing() -> Iterator[None]:
+    """What SQLite says when the ledger cannot be written ends the run as `OutputError`."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise OutputError(f"the ledger cannot be written: {error}") from error
+
+
 class Staging:
     """The staged rows of an open ledger; `begin` opens a transaction that `apply` commits and `abandon` rolls back."""
 
@@ -59,7 +73,12 @@ class Staging:
         """Take one task in. Returns what is wrong when its id or path is taken by an earlier row, and leaves it out."""
         task, ticket = planned.task, planned.ticket
         path = task.output_path or ""
-        values = (ticket.seq, task.id, planned.fingerprint, wire.to_json(task).decode(), json.dumps(ticket.needs))
+        text = wire.to_json(task)
+        if len(text) > MAX_TASK:
+            return Problem(
+                "metadata", f"the row has {len(text):,} bytes; at most {MAX_TASK:,} are taken, leave columns out"
+            )
+        values = (ticket.seq, task.id, planned.fingerprint, text.decode(), json.dumps(ticket.needs))
         values += (ticket.group, ticket.cost, path, path.casefold(), place)  # type: ignore[assignment]
         cursor = self._db.execute("INSERT OR IGNORE INTO incoming VALUES (?,?,?,?,?,?,?,?,?,?)", values)
         if cursor.rowcount == 1:
@@ -158,6 +177,7 @@ class Staging:
             ticket = Ticket(position, tuple(json.loads(needs)), group, cost)
             yield PlannedTask(wire.task_from_json(task), print_, ticket), state, kind
 
+    @writing()
     def apply(self, run: int, *, retry: Sequence[str] = (), again: Iterable[str] = ()) -> None:
         """Make the staged rows the work of the run: new and changed ones, and what is to be done again.
 

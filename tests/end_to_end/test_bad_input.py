@@ -401,7 +401,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(place: Workplace) ->
 def test_a_damaged_ledger_is_refused_with_the_mend_and_left_as_it_is(place: Workplace) -> None:
     place.write("tasks.jsonl", GOOD)
     place.write("out/ledger.sqlite", "this was a ledger once " * 100)
-    refused(place.fake("tasks.jsonl"), "ledger.sqlite", "move the file away")
+    refused(place.fake("tasks.jsonl"), "ledger.sqlite", "move the folder away")
     assert (place.folder / "out" / "ledger.sqlite").read_text() == "this was a ledger once " * 100
 
 

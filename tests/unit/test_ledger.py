@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from imagemill.errors import LedgerError
+from imagemill.errors import LedgerError, OutputError
 from imagemill.ledger import FILE_NAME, Attempt, Ledger
 from imagemill.records import Failure, Kind, Outcome, PlannedTask, Receipt, Settle, Task, Ticket
 from imagemill.staging import SHOWN
@@ -217,7 +217,7 @@ def test_apply_is_all_or_nothing(ledger: Ledger) -> None:
     ledger.staging.add(planned(0, "b", "b.png"), "row 1")
     ledger.staging.add(planned(1, "c", "X.png"), "row 2")
     ledger.begin_run(300.0, {}, {})
-    with pytest.raises(sqlite3.IntegrityError):
+    with pytest.raises(OutputError):
         ledger.staging.apply(ledger.run, again=["a"])
     ledger.staging.abandon()
     assert states(ledger) == {"a": "done"}

@@ -104,6 +104,7 @@ class ProcessExecutor:
 
     def __init__(self) -> None:
         self._links: dict[int, Link] = {}
+        self._missed: list[Event] = []
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
         for end in (self._wake_in, self._wake_out):
@@ -133,9 +134,11 @@ class ProcessExecutor:
 
     def _post(self, worker: int, data: bytes) -> None:
         link = self._links.get(worker)
-        if link is not None:
-            link.post(data)
-            self._watch(link)
+        if link is None:
+            self._missed.append(WorkerLost(worker, message="its process is gone"))
+            return
+        link.post(data)
+        self._watch(link)
 
     def _watch(self, link: Link) -> None:
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.outgoing else 0)
@@ -144,9 +147,9 @@ class ProcessExecutor:
 
     def events(self, timeout: float | None) -> list[Event]:
         """Wait for frames and for deaths together."""
-        found: list[Event] = []
+        found, self._missed = self._missed, []
         gone: list[Link] = []
-        for key, mask in self._selector.select(timeout):
+        for key, mask in self._selector.select(0 if found else timeout):
             link: Link | None = key.data
             if link is None:
                 self._empty_wake()
@@ -208,7 +211,9 @@ class ProcessExecutor:
     def kill(self, worker: int) -> None:
         """SIGKILL; the death is told by `events`."""
         link = self._links.get(worker)
-        if link is not None:
+        if link is None:
+            self._missed.append(WorkerLost(worker, message="its process is gone"))
+        else:
             link.kill()
 
     def wake(self) -> None:

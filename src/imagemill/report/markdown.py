@@ -13,7 +13,7 @@ LISTED = 50
 
 
 STATUS = {
-    "done": "all done",
+    "done": "ended",
     "failed": "ended, some failed",
     "running": "not ended (going on, or killed)",
     "died": "died",

@@ -33,14 +33,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from imagemill.errors import TASK_ERRORS, BadOutput, OutOfMemory, TaskError
 from imagemill.plan import adapters_need
-from imagemill.records import ModelSpec, PlannedTask, Task, WorkOrder
+from imagemill.records import LABEL_VARIABLE, ModelSpec, PlannedTask, Task, WorkOrder
 from imagemill.runners import Beat, Result
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 LOAD_VARIABLE = "IMAGEMILL_FAKE_LOAD"
-LABEL_VARIABLE = "IMAGEMILL_WORKER_LABEL"
 SIGNALS = {"segv": signal.SIGSEGV, "kill": signal.SIGKILL}
 BATCH_KINDS = ("oom", "worker_lost")
 SLICE = 0.05

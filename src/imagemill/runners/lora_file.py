@@ -73,7 +73,10 @@ def read(lora: Lora) -> LoraFile:
     except (SafetensorError, ValueError, KeyError) as error:
         raise BadTask(f"{lora.path} is no readable safetensors file: {error}") from error
     check(lora.path, tensors)
-    tensors = with_alpha(lora.path, tensors, header_metadata(content))
+    try:
+        tensors = with_alpha(lora.path, tensors, header_metadata(content))
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise BadTask(f"the LoRA file {lora.path} has adapter settings that do not read: {error}") from error
     return LoraFile(lora.path, digest, tensors, sum(tensor.nbytes for tensor in tensors.values()))
 
 

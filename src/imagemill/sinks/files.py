@@ -68,12 +68,10 @@ class FileSink:
             raise BadTask(f"{folder} leads out of the output folder through a link")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            if not self.root.is_dir():
+        except (FileExistsError, NotADirectoryError, PermissionError, FileNotFoundError) as error:
+            if folder == self.root or not self.root.is_dir() or not os.access(self.root, os.W_OK):
                 raise
-            raise BadTask(
-                f"{folder} cannot be a folder: a file stands there or above; choose another output_path"
-            ) from error
+            raise BadTask(f"{folder} cannot be made: {error.strerror}; choose another output_path") from error
         self._checked.add(folder)
 
 
