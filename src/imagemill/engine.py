@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from imagemill import config, crew, progress, sources
-from imagemill.config import Settings
+from imagemill import crew, progress, sources
+from imagemill.config import Settings, settings_from
 from imagemill.crew import Crew
 from imagemill.devices import Choice
 from imagemill.errors import ImagemillError, InputError, NoWorkersError, OutputError
@@ -105,7 +105,7 @@ class Engine:
         **settings: Any,
     ) -> None:
         given = {"model": model, "gpus": gpus, "gpu_ids": gpu_ids, "workers": workers, "device": device}
-        self.settings = make_settings(config, {**given, "isolate": isolate, "schedule": schedule, **settings})
+        self.settings = settings_from(config, {**given, "isolate": isolate, "schedule": schedule, **settings})
         self.report: RunReport | None = None
         self._progress = show or progress.Silent()
         self._keep = keep
@@ -373,31 +373,3 @@ def _read_as_needed(
         total.tasks += admission.tasks
         total.skipped += admission.skipped
         yield from ledger.work(first)
-
-
-SHORT_NAMES = {
-    "gpus": "devices.gpus",
-    "gpu_ids": "devices.gpu_ids",
-    "workers": "devices.workers",
-    "device": "devices.device",
-    "isolate": "devices.isolate",
-    "guidance_scale": "guidance",
-    "format": "output.format",
-    "sink": "output.sink",
-    "metadata": "output.metadata",
-    "load_timeout": "limits.load_timeout",
-    "task_timeout": "limits.task_timeout",
-    "parallel_loads": "limits.parallel_loads",
-    "max_attempts": "limits.max_attempts",
-    "read_ahead": "limits.read_ahead",
-    "log_level": "logging.level",
-    "log_folder": "logging.folder",
-}
-"""Python's keyword arguments and the keys of the YAML file they stand for; other keys are the same in both."""
-
-
-def make_settings(given: str | os.PathLike[str] | Settings | None, overrides: Mapping[str, Any]) -> Settings:
-    """Settings from a file or an object, with keyword arguments above them. Raises `ConfigError`."""
-    base = given if isinstance(given, Settings) else config.load_settings(given) if given is not None else Settings()
-    keys = {SHORT_NAMES.get(name, name): value for name, value in overrides.items()}
-    return config.merge(base, keys, {key: name for name, key in SHORT_NAMES.items()})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,6 @@ if TYPE_CHECKING:
     from conftest import Workplace
 
 FILES = ("results.jsonl", "report.json", "report.md", "report.html")
-needs = {
-    name: pytest.mark.skipif(importlib.util.find_spec(f"imagemill.{name}") is None, reason=f"no imagemill.{name} yet")
-    for name in ("forecast", "listing")
-}
-
 ROWS: list[dict[str, Any]] = [
     {"id": "owl", "prompt": "an owl <b>at</b> night", "seed": 7, "mood": "calm"},
     {"id": "volcano", "prompt": "a volcano", "fake": {"fail": "bad_task"}},
@@ -97,7 +91,6 @@ def test_report_of_a_run_that_died_shows_what_there_is(place: Workplace) -> None
 # --- models and doctor ------------------------------------------------------------------------------------------------
 
 
-@needs["listing"]
 def test_models_lists_the_known_ones_with_family_size_and_memory(place: Workplace) -> None:
     ended = place("models")
     assert ended.code == 0, ended.text
@@ -111,7 +104,6 @@ def test_models_lists_the_known_ones_with_family_size_and_memory(place: Workplac
     assert list(place.folder.iterdir()) == []
 
 
-@needs["listing"]
 def test_doctor_says_what_the_machine_has(place: Workplace) -> None:
     ended = place("doctor")
     assert ended.code in (0, 1), ended.text  # 1 where something is wrong with this machine
@@ -126,7 +118,6 @@ def test_doctor_says_what_the_machine_has(place: Workplace) -> None:
 PLANS = pytest.mark.parametrize("command", [("plan",), ("run", "--dry-run")], ids=["plan", "dry-run"])
 
 
-@needs["forecast"]
 @PLANS
 def test_a_plan_starts_no_worker_and_writes_nothing(command: tuple[str, ...], place: Workplace) -> None:
     place.tasks([{"prompt": f"prompt {number}", "fake": {"delay": 600}} for number in range(9)])
@@ -138,7 +129,6 @@ def test_a_plan_starts_no_worker_and_writes_nothing(command: tuple[str, ...], pl
     assert [path.name for path in place.folder.iterdir()] == ["tasks.jsonl"]
 
 
-@needs["forecast"]
 @PLANS
 def test_a_plan_of_the_real_kind_of_model_imports_no_torch(command: tuple[str, ...], place: Workplace) -> None:
     place.tasks([{"prompt": "a"}, {"prompt": "b", "size": "128x64"}])
@@ -150,7 +140,6 @@ def test_a_plan_of_the_real_kind_of_model_imports_no_torch(command: tuple[str, .
     assert sorted(path.name for path in place.folder.iterdir()) == ["tasks.jsonl", "torch.py"]
 
 
-@needs["forecast"]
 @PLANS
 def test_a_plan_of_a_folder_that_has_begun_changes_nothing_in_it(command: tuple[str, ...], place: Workplace) -> None:
     rows = [{"prompt": f"prompt {number}"} for number in range(6)]
@@ -168,7 +157,6 @@ def test_a_plan_of_a_folder_that_has_begun_changes_nothing_in_it(command: tuple[
     assert "6 done (2 in this run" in place.fake("tasks.jsonl").out
 
 
-@needs["forecast"]
 @PLANS
 @pytest.mark.parametrize(
     ("row", "words"),
@@ -188,7 +176,6 @@ def test_a_plan_refuses_what_a_run_would_refuse(
     assert [path.name for path in place.folder.iterdir()] == ["tasks.jsonl"]
 
 
-@needs["forecast"]
 def test_a_plan_says_that_tasks_have_changed(place: Workplace) -> None:
     assert place.fake(place.tasks([{"id": "a", "prompt": "old"}])).code == 0
     ended = place("plan", place.tasks([{"id": "a", "prompt": "new"}]), "--out", "out", "--model", "fake")

@@ -7,6 +7,7 @@ above the file (`merge`).
 from __future__ import annotations
 
 from imagemill.config.file import load_settings, merge
+from imagemill.config.keywords import settings_from
 from imagemill.config.settings import DeviceSettings, LimitSettings, LoggingSettings, OutputSettings, Settings
 from imagemill.config.values import Schedule, parse_lora, parse_schedule, parse_size
 
@@ -22,4 +23,5 @@ __all__ = [
     "parse_lora",
     "parse_schedule",
     "parse_size",
+    "settings_from",
 ]
