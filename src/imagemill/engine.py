@@ -227,8 +227,7 @@ class Engine:
                 admission, to_do = Admission(), None
                 book.get(None)
                 choice = self._choose(book, to_do)
-                folder.sweep(ledger.open_folders())
-                self._begin(ledger)
+                self._begin(ledger, folder)
                 chunk = min(CHUNK, max(1, self.settings.limits.read_ahead // 4))
                 feed = _read_as_needed(rows, intake, admission, ledger, options, chunk)
             else:
@@ -237,8 +236,7 @@ class Engine:
                 damaged = intake.damaged()
                 to_do = comparison.to_do(options.retry) + len(damaged)
                 choice = self._choose(book, to_do)
-                folder.sweep(ledger.open_folders())
-                self._begin(ledger)
+                self._begin(ledger, folder)
                 intake.accept(admission, retry=options.retry, again=damaged)
                 feed = ledger.work()
             stack.enter_context(LogFiles(self._log_folder(path), self.settings.logging.level))
@@ -249,7 +247,9 @@ class Engine:
                 self._crew = crew.hire(choice, self.settings, book.used()[0].spec, self._log_folder(path))
             yield from self._work(feed, book, ledger, folder, admission, to_do)
 
-    def _begin(self, ledger: Ledger) -> None:
+    def _begin(self, ledger: Ledger, folder: OutputFolder) -> None:
+        """A new run in the ledger; what a run that died left half-written is removed."""
+        folder.sweep(ledger.open_folders())
         ledger.begin_run(time.time(), {"imagemill": __version__, **self.settings.model_dump(mode="json")}, machine())
 
     def _choose(self, book: Models, to_do: int | None) -> Choice | None:

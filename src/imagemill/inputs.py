@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from imagemill.errors import InputError
+from imagemill.plan import is_unicode
 
 MAX_HEADER = 100 * 2**20
 """Bytes; the limit that safetensors itself sets to a header."""
@@ -74,11 +75,6 @@ def local_path(text: str, base: str | os.PathLike[str] | None = None) -> str:
     if base is None or os.path.isabs(plain) or os.path.exists(beside) or not os.path.exists(plain):
         return beside
     return os.path.abspath(plain)
-
-
-def is_unicode(text: str) -> bool:
-    """False when the text holds half of a surrogate pair, which UTF-8 cannot write."""
-    return text.isascii() or not re.search(r"[\ud800-\udfff]", text)
 
 
 def digest_file(path: str | os.PathLike[str]) -> str:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from imagemill.devices import GIB
 from imagemill.progress import duration
 
 if TYPE_CHECKING:
     from imagemill.doctor import Diagnosis
     from imagemill.forecast import Forecast
 
-GIB = 2**30
 SHOWN = 20
 """How many groups, adapters or skipped rows are listed."""
 

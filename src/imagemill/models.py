@@ -16,12 +16,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from imagemill.devices import GIB
 from imagemill.errors import InputError
 from imagemill.families import Family, family, family_for
 from imagemill.plan import Defaults, PlannedModel
 from imagemill.records import ModelSpec
 
-GIB = 2**30
 ASSETS = Path(__file__).parent / "assets"
 INDEX = "model_index.json"
 

@@ -164,7 +164,7 @@ def _text_problems(task: Task) -> list[Problem]:
         text = getattr(task, name) or ""
         if "\0" in text:
             found.append(Problem(name, "contains a NUL character; remove it"))
-        if not _is_unicode(text):
+        if not is_unicode(text):
             found.append(Problem(name, "contains half of a surrogate pair, which no file can hold; remove it"))
         limit = MAX_NAME if name == "id" else MAX_PROMPT
         if len(text) > limit:
@@ -216,7 +216,7 @@ def _path_problems(task: Task) -> list[Problem]:
     def refuse(message: str) -> list[Problem]:
         return [Problem("output_path", f"{path!r} {message}")]
 
-    if "\0" in path or not _is_unicode(path):
+    if "\0" in path or not is_unicode(path):
         return refuse("contains a character no file name can hold; remove it")
     if place.is_absolute() or re.match(r"[A-Za-z]:", path):
         return refuse("is absolute; give it relative to the output folder")
@@ -237,7 +237,8 @@ def _path_problems(task: Task) -> list[Problem]:
     return []
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """False when the text holds half of a surrogate pair, which UTF-8 cannot write."""
     return text.isascii() or not re.search(r"[\ud800-\udfff]", text)
 
 

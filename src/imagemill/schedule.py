@@ -261,11 +261,10 @@ class Scheduler:
         kind: Kind = "timeout" if worker.ending.startswith("silent") else event.kind
         message = f"worker {worker.id} ({worker.device}): {worker.ending or event.message or 'it died'}"
         self._last_loss = message
-        worker.batch, worker.resident, worker.ending = None, frozenset(), ""
+        worker.is_gone()
         worker.losses += 1
         worker.failed_loads += loading
-        if worker.state != "quarantined":
-            worker.state = "absent"
+        if worker.usable:
             worker.not_before = now + backoff(worker.losses, first=0.5 if worker.losses == 1 else 1.0)
         commands: list[Command] = []
         members = list(zip(batch.tickets, batch.attempts, strict=True)) if batch else []

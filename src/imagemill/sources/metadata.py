@@ -12,8 +12,7 @@ from typing import Any
 from uuid import UUID
 
 from imagemill.config.wording import shown
-from imagemill.inputs import is_unicode
-from imagemill.plan import Problem
+from imagemill.plan import Problem, is_unicode
 
 MAX_DEPTH = 64
 

@@ -18,8 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from imagemill.config.values import Loras, as_path, parse_size
 from imagemill.config.wording import field_path, message, shown
 from imagemill.errors import InputError
-from imagemill.inputs import is_unicode, local_path
-from imagemill.plan import Problem
+from imagemill.inputs import local_path
+from imagemill.plan import Problem, is_unicode
 from imagemill.records import Lora, Task
 from imagemill.sources.columns import FIELDS, listed, prompt_column_of
 from imagemill.sources.metadata import jsonable
