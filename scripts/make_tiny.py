@@ -3,7 +3,7 @@
     python scripts/make_tiny.py [FOLDER]
 
 The same versions of torch and diffusers give the same bytes. The pictures mean nothing; they vary with prompt and seed,
-which is what a test of the machinery needs. `make_lora` writes an adapter file that fits the model.
+which is what a test of the machinery needs.
 """
 
 from __future__ import annotations
@@ -215,27 +215,6 @@ def join(letters: list[str], pair: tuple[str, str]) -> None:
         if (letters[place], letters[place + 1]) == pair:
             letters[place : place + 2] = ["".join(pair)]
         place += 1
-
-
-def make_lora(path: Path, seed: int = 0, rank: int = 4, gain: float = 0.2, prefix: str = "transformer.") -> Path:
-    """Write a random adapter for the tiny model: attention and feed-forward of every main layer, float32.
-
-    `gain` is the standard deviation of both factors; `prefix` stands before every key (diffusers wants `transformer.`).
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    dice = torch.Generator().manual_seed(seed)
-    shapes = {f"attention.to_{name}": (DIM, DIM) for name in "qkv"}
-    shapes |= {"attention.to_out.0": (DIM, DIM), "feed_forward.w1": (DIM, HIDDEN), "feed_forward.w2": (HIDDEN, DIM)}
-    weights = {}
-    for layer in range(LAYERS):
-        for name, (inputs, outputs) in shapes.items():
-            key = f"{prefix}layers.{layer}.{name}"
-            weights[f"{key}.lora_A.weight"] = gain * torch.randn(rank, inputs, generator=dice)
-            weights[f"{key}.lora_B.weight"] = gain * torch.randn(outputs, rank, generator=dice)
-    save_file(weights, str(path), metadata={"format": "pt"})
-    return path
 
 
 if __name__ == "__main__":

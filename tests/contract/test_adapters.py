@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import SCRIPT, SPEC, loaded, no_beat, picture, planned, run, write_lora
+from tiny_model import SPEC, loaded, no_beat, picture, planned, run, write_lora
 
 from imagemill.errors import BadTask
 from imagemill.records import Lora
 from imagemill.runners.adapters import Adapters
 from imagemill.runners.diffusion import DiffusionRunner, create
+from random_lora import make_lora
 
 Make = Callable[..., Lora]
 
@@ -130,7 +131,9 @@ def widow(tensors: dict[str, Any]) -> None:
 
 
 def clash(tensors: dict[str, Any]) -> None:
-    tensors["transformer.layers.0.attention.to_q.lora_A.weight"] = torch.ones(3, SCRIPT.DIM)
+    tensors["transformer.layers.0.attention.to_q.lora_A.weight"] = torch.ones_like(
+        tensors["transformer.layers.0.attention.to_q.lora_A.weight"]
+    )[:3]
 
 
 def widen(tensors: dict[str, Any]) -> None:
@@ -183,7 +186,7 @@ def test_keys_that_fit_in_part_are_used_with_a_warning(
 
 def test_a_file_that_changed_or_went_since_planning_is_refused(runner: DiffusionRunner, make: Make) -> None:
     changed, gone = make(21), make(22)
-    SCRIPT.make_lora(Path(changed.path), seed=23)
+    make_lora(Path(changed.path), seed=23)
     assert "has changed since the run was planned" in refused(runner, changed)
     Path(gone.path).unlink()
     assert "is not there any more" in refused(runner, gone)

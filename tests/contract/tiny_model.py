@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from imagemill.records import Lora, ModelSpec, PlannedTask, SinkSpec, Task, Ticket, WorkOrder
 from imagemill.runners import Result
 from imagemill.runners.diffusion import DiffusionRunner, create
+from random_lora import make_lora
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "src" / "imagemill" / "assets" / "tiny"
@@ -26,18 +25,6 @@ LONG = "一张背包的照片, " + "a very long list of things in a garden, " * 
 
 def no_beat(stage: str, seq: int, step: int, steps: int) -> None:
     """A beat that nobody hears."""
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_tiny", ROOT / "scripts" / "make_tiny.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPT = load_script()
 
 
 def loaded(spec: ModelSpec = SPEC) -> Iterator[DiffusionRunner]:
@@ -85,7 +72,7 @@ def write_lora(
     **how: Any,
 ) -> Lora:
     """An adapter for the embedded model in a file of its own, as a planned task holds it; `change` alters its tensors."""
-    path = SCRIPT.make_lora(folder / f"{seed}-{len(list(folder.iterdir()))}.safetensors", seed, **how)
+    path = make_lora(folder / f"{seed}-{len(list(folder.iterdir()))}.safetensors", seed, **how)
     if change:
         tensors = load_file(path)
         change(tensors)

@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from imagemill import models
+from imagemill import models, revision
 from imagemill.errors import InputError
 from imagemill.models import KNOWN, folder_revision, resolve
 
@@ -87,7 +87,7 @@ def test_every_known_model_has_a_family_that_is_there_and_a_memory_above_its_wei
 
     assert known.family in families()
     assert known.memory >= known.parameters * 2e9
-    assert bool(known.repo) == (known.name not in ("tiny", "fake"))
+    assert bool(known.repo) == (known.name not in ("tiny", "tiny-edit", "fake"))
 
 
 def test_the_embedded_model_is_found_without_the_hub() -> None:
@@ -308,11 +308,11 @@ def test_the_dtype_is_part_of_the_revision() -> None:
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files from 100 kB on are sampled, as those of real models are."""
-    monkeypatch.setattr(models, "SMALL_FILE", 100_000)
-    monkeypatch.setattr(models, "SMALL_FOLDER", 0)
-    monkeypatch.setattr(models, "EDGE", 512)
-    monkeypatch.setattr(models, "SAMPLES", 2)
-    monkeypatch.setattr(models, "SAMPLE", 64)
+    monkeypatch.setattr(revision, "SMALL_FILE", 100_000)
+    monkeypatch.setattr(revision, "SMALL_FOLDER", 0)
+    monkeypatch.setattr(revision, "EDGE", 512)
+    monkeypatch.setattr(revision, "SAMPLES", 2)
+    monkeypatch.setattr(revision, "SAMPLE", 64)
 
 
 @pytest.mark.usefixtures("large")
