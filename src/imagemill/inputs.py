@@ -16,8 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from imagemill.errors import InputError
+from imagemill import source_image
+from imagemill.errors import BadTask, InputError
 from imagemill.plan import is_unicode
+
+LORAS = Path(__file__).parent / "assets" / "tiny" / "loras"
+"""Adapters that come with the embedded model; each has its file's name without the suffix."""
 
 MAX_HEADER = 100 * 2**20
 """Bytes; the limit that safetensors itself sets to a header."""
@@ -39,6 +43,18 @@ _PAIR_PATTERNS = tuple(
     for first, second, is_first in ((one, two, True), (two, one, False))
 )
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """A picture to edit: the sha256 of its file in hex, and its width and height upright, as its header says.
+
+    `size` is None for a header that does not read: the worker says why when it comes to the task, and fails it alone.
+    """
+
+    path: str
+    digest: str
+    size: tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +93,14 @@ def local_path(text: str, base: str | os.PathLike[str] | None = None) -> str:
     return os.path.abspath(plain)
 
 
+def lora_path(text: str, base: str | os.PathLike[str] | None = None) -> str:
+    """As `local_path`; a bare name that no file has (`pixel-art`) may be that of an embedded adapter."""
+    path = local_path(text, base)
+    embedded = LORAS / f"{text}.safetensors"
+    bare = os.path.basename(text) == text
+    return str(embedded) if bare and not os.path.exists(path) and embedded.is_file() else path
+
+
 def digest_file(path: str | os.PathLike[str]) -> str:
     """The sha256 of a file in hex. Raises `InputError` when it cannot be read."""
     try:
@@ -98,19 +122,28 @@ def read_lora(path: str) -> LoraFile:
     return LoraFile(path, digest_file(path), size, _rank(path, shapes), len(shapes), _format(shapes))
 
 
+def read_image(path: str) -> ImageFile:
+    """The digest and the size of a picture to edit. Raises `InputError` when the file cannot be read."""
+    digest = digest_file(path)
+    try:
+        return ImageFile(path, digest, source_image.header(path))
+    except BadTask:
+        return ImageFile(path, digest, None)
+
+
 class Inputs:
     """Reads each input file once, however many tasks name it, and again when its size or time has changed."""
 
     def __init__(self) -> None:
         self._loras: _Readings[LoraFile] = _Readings(read_lora, "LoRA")
-        self._images: _Readings[str] = _Readings(digest_file, "picture")
+        self._images: _Readings[ImageFile] = _Readings(read_image, "picture")
 
     def lora(self, path: str) -> LoraFile:
         """The checked header and digest of an adapter. Raises `InputError` as `read_lora` does."""
         return self._loras.of(path)
 
-    def image(self, path: str) -> str:
-        """The sha256 in hex of a picture to edit. Raises `InputError` when it is missing, empty or no file."""
+    def image(self, path: str) -> ImageFile:
+        """Digest and size of a picture to edit. Raises `InputError` when it is missing, empty or no file."""
         return self._images.of(path)
 
 

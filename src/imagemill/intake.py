@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from imagemill import plan
 from imagemill.config import Settings
 from imagemill.errors import ChangedTasksError, InputError, TaskFileError
-from imagemill.inputs import Inputs
+from imagemill.inputs import ImageFile, Inputs
 from imagemill.ledger import Ledger
 from imagemill.models import Model
 from imagemill.plan import Defaults, Problem
@@ -138,13 +138,15 @@ class Intake:
                 model = self.models.get(task.model)
             if found:
                 return seq, found
-        task = plan.resolve(task, row.index, self._defaults, model.planned, self._format)
-        task, digests = self._with_digests(task, found)
+        pictures = self._pictures(task, found)
+        source = pictures[0].size if pictures else None
+        task = plan.resolve(task, row.index, self._defaults, model.planned, self._format, source)
+        task = self._with_digests(task, found)
         found += plan.problems(task, model.planned.family)
         if found:
             return seq, found
         for one in plan.expand(task):
-            planned = plan.planned(one, seq, model.planned, digests)
+            planned = plan.planned(one, seq, model.planned, [picture.digest for picture in pictures])
             path = one.output_path or ""
             if not self.folder.holds(path):
                 self._ledger.staging.take_back(first)
@@ -158,16 +160,19 @@ class Intake:
             seq += 1
         return seq, []
 
-    def _with_digests(self, task: Task, found: list[Problem]) -> tuple[Task, list[str]]:
+    def _pictures(self, task: Task, found: list[Problem]) -> list[ImageFile]:
+        pictures = []
+        for number, path in enumerate(task.images):
+            with _as_problem(found, f"images[{number}]"):
+                pictures.append(self.inputs.image(path))
+        return pictures
+
+    def _with_digests(self, task: Task, found: list[Problem]) -> Task:
         loras = list(task.loras)
         for number, lora in enumerate(loras):
             with _as_problem(found, f"loras[{number}].path"):
                 loras[number] = replace(lora, digest=self.inputs.lora(lora.path).digest)
-        digests = []
-        for number, path in enumerate(task.images):
-            with _as_problem(found, f"images[{number}]"):
-                digests.append(self.inputs.image(path))
-        return (replace(task, loras=tuple(loras)) if loras else task), digests
+        return replace(task, loras=tuple(loras)) if loras else task
 
     def check(self, admission: Admission, *, skip_bad: bool, rerun_changed: bool, part: bool = False) -> Comparison:
         """Compare what is staged with the folder. Raises `TaskFileError` or `ChangedTasksError`; then nothing starts, and
@@ -211,6 +216,15 @@ class Intake:
         if not self._keeps_files:
             return []
         return [*self.folder.damaged(self._ledger.staging.done()), *self._ledger.staging.unkept()]
+
+    def again(self, asked: Iterable[str], retry: Iterable[str]) -> list[str]:
+        """The ids of staged tasks to do once more: those `damaged`, and of those asked for the ones that are settled and
+        that the kinds of failures to `retry` do not bring back anyhow."""
+        found, wanted, kinds = dict.fromkeys(self.damaged()), frozenset(asked), frozenset(retry)
+        if wanted:
+            settled = self._ledger.staging.settled()
+            found |= {name: None for name, kind in settled if name in wanted and kind not in kinds}
+        return list(found)
 
     def accept(self, admission: Admission, *, retry: Iterable[str], again: Iterable[str]) -> None:
         """Make what is staged the work of the ledger's run."""

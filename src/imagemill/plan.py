@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
+from imagemill import canvas
 from imagemill.records import SEMANTICS_VERSION, Lora, PlannedTask, Task, Ticket
 
 FORMATS = {"png": (".png",), "jpg": (".jpg", ".jpeg"), "webp": (".webp",)}
@@ -27,16 +28,20 @@ MAX_PATH = 2048
 DEFAULT_SEED = 42
 """The seed of a run that names none; task number i (from 0) then has seed 42 + i."""
 
-OPTIONAL_FIELDS = ("negative_prompt", "guidance_scale", "true_cfg_scale", "images", "loras")
+ANSWER_SUFFIX = ".answer"
+"""What the output path of a task ends with that gives an answer: a name in the ledger, no file."""
+
+OPTIONAL_FIELDS = ("negative_prompt", "guidance_scale", "true_cfg_scale", "images", "loras", "system_prompt")
 """Fields that a family takes or not; a task that names one its family does not take is refused, never run without it."""
 
 
 class Traits(Protocol):
-    """What planning asks of a family, without torch."""
+    """What planning asks of a family, without torch. With `answer` among its `fields` it gives text and no picture."""
 
     name: str
     fields: frozenset[str]
     multiple: int
+    max_images: int
 
     def group(self, task: Task) -> str:
         """What may share a batch."""
@@ -77,12 +82,23 @@ class Problem:
     message: str
 
 
-def resolve(task: Task, index: int, run: Defaults, model: PlannedModel, picture_format: str) -> Task:
+def resolve(
+    task: Task,
+    index: int,
+    run: Defaults,
+    model: PlannedModel,
+    picture_format: str,
+    source: tuple[int, int] | None = None,
+) -> Task:
     """The task with every open field filled: from the task, else the run, else the model.
 
     `index` is the place of the task in its source, from 0: a task without a seed gets the run's seed plus its index,
-    so that rows differ and a row's picture does not depend on the rows around it.
+    so that rows differ and a row's picture does not depend on the rows around it. `source` is the width and height of
+    its first picture to edit, whose aspect an open size follows; None when there is none or it does not read.
     """
+
+    if answers(model.family):
+        return replace(task, model=model.name, output_path=task.output_path or file_stem(task.id) + ANSWER_SUFFIX)
 
     def first(name: str) -> Any:
         for place in (task, run, model.defaults):
@@ -93,11 +109,17 @@ def resolve(task: Task, index: int, run: Defaults, model: PlannedModel, picture_
 
     seed = task.seed if task.seed is not None else (run.seed if run.seed is not None else DEFAULT_SEED) + index
     takes = model.family.fields
+    width, height = first("width"), first("height")
+    if task.images:
+        width = task.width if task.width is not None else run.width
+        height = task.height if task.height is not None else run.height
+        own = (model.defaults.width, model.defaults.height)
+        width, height = canvas.edited_size(width, height, source, own, model.family.multiple)
     return replace(
         task,
         model=model.name,
-        width=first("width"),
-        height=first("height"),
+        width=width,
+        height=height,
         steps=first("steps"),
         guidance_scale=first("guidance_scale") if "guidance_scale" in takes else task.guidance_scale,
         true_cfg_scale=first("true_cfg_scale") if "true_cfg_scale" in takes else task.true_cfg_scale,
@@ -106,6 +128,11 @@ def resolve(task: Task, index: int, run: Defaults, model: PlannedModel, picture_
         loras=task.loras or run.loras,
         output_path=output_path(task, picture_format),
     )
+
+
+def answers(family: Traits) -> bool:
+    """Whether tasks of the family end in an answer: they have no size, no steps, no seed and no file."""
+    return "answer" in family.fields
 
 
 def expand(task: Task) -> tuple[Task, ...]:
@@ -149,18 +176,22 @@ def file_stem(name: str) -> str:
 
 def problems(task: Task, family: Traits) -> list[Problem]:
     """Everything that is wrong with a resolved task; an empty list means that it can be run."""
-    found = [*_text_problems(task), *_number_problems(task, family), *_path_problems(task)]
+    found = _text_problems(task)
+    found += _answer_problems(task) if answers(family) else [*_number_problems(task, family), *_path_problems(task)]
     for name in OPTIONAL_FIELDS:
         if getattr(task, name) not in (None, ()) and name not in family.fields:
             found.append(Problem(name, f"the model {task.model!r} (family {family.name}) does not take it; remove it"))
     if task.images == () and "images" in family.fields and "prompt_only" not in family.fields:
         found.append(Problem("images", f"the model {task.model!r} edits pictures; name at least one"))
+    if len(task.images) > family.max_images and "images" in family.fields:
+        most = f"{family.max_images} picture{'s' * (family.max_images > 1)}"
+        found.append(Problem("images", f"names {len(task.images)}; {family.name} takes at most {most}"))
     return found
 
 
 def _text_problems(task: Task) -> list[Problem]:
     found = []
-    for name in ("id", "prompt", "negative_prompt"):
+    for name in ("id", "prompt", "negative_prompt", "system_prompt"):
         text = getattr(task, name) or ""
         if "\0" in text:
             found.append(Problem(name, "contains a NUL character; remove it"))
@@ -173,6 +204,20 @@ def _text_problems(task: Task) -> list[Problem]:
         found.append(Problem("prompt", "is empty; write one"))
     if not task.id.strip():
         found.append(Problem("id", "is empty; name the task or drop the column"))
+    return found
+
+
+def _answer_problems(task: Task) -> list[Problem]:
+    """Fields of a picture that a judge's task names."""
+    found = [
+        Problem(name, f"the judge {task.model!r} makes no picture; remove it")
+        for name in ("width", "height", "steps", "seed")
+        if getattr(task, name) is not None
+    ]
+    if task.num_images != 1:
+        found.append(Problem("num_images", f"is {task.num_images}; a judge gives one answer a task"))
+    if task.output_path != file_stem(task.id) + ANSWER_SUFFIX:
+        found.append(Problem("output_path", f"the judge {task.model!r} makes no picture; remove it"))
     return found
 
 
@@ -250,7 +295,12 @@ def planned(task: Task, seq: int, model: PlannedModel, image_digests: Sequence[s
 
 def needs(task: Task) -> tuple[str, ...]:
     """What a worker must hold to run the task, dearest first: the model, the set of adapters, the shape."""
-    return (f"model:{task.model}", adapters_need(task.loras), f"shape:{task.width}x{task.height}")
+    return (f"model:{task.model}", adapters_need(task.loras), shape_need(task))
+
+
+def shape_need(task: Task) -> str:
+    """The shape of what the task makes: its size, or `answer`."""
+    return "shape:answer" if task.width is None else f"shape:{task.width}x{task.height}"
 
 
 def adapters_need(loras: Sequence[Lora]) -> str:
@@ -261,7 +311,7 @@ def adapters_need(loras: Sequence[Lora]) -> str:
 
 
 def fingerprint(task: Task, revision: str, image_digests: Sequence[str] = ()) -> str:
-    """sha256 in hex over all that determines the picture, and nothing else (not the id, the path, the metadata)."""
+    """sha256 in hex over all that determines the picture or the answer, and nothing else (not the id, the path, the metadata)."""
     content = {
         "semantics": SEMANTICS_VERSION,
         "model": revision,
@@ -275,6 +325,8 @@ def fingerprint(task: Task, revision: str, image_digests: Sequence[str] = ()) ->
         "seed": task.seed,
         "loras": [[lora.digest, float(lora.strength)] for lora in task.loras],
     }
+    if task.system_prompt is not None:  # left out otherwise: pictures keep the fingerprints they had before judges came
+        content["system_prompt"] = task.system_prompt
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from imagemill import wire
 from imagemill.errors import OutputError
@@ -56,6 +57,11 @@ def writing() -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise OutputError(f"the ledger cannot be written: {error}") from error
+
+
+def _unseen(task: Mapping[str, Any]) -> str:
+    """What has changed of a task whose fields are the same."""
+    return f"the model, or {'a picture it edits' if task.get('images') else 'a file it reads'}, has changed"
 
 
 class Staging:
@@ -110,7 +116,7 @@ class Staging:
         for place, name, old, new in rows:
             changed += 1
             if len(shown) < SHOWN:
-                parts = differences(json.loads(old), json.loads(new)) or ["the model, or a file it reads, has changed"]
+                parts = differences(json.loads(old), json.loads(new)) or [_unseen(json.loads(new))]
                 shown.append(f"{place} (id {name!r}): {'; '.join(parts)}")
         known = sum(states.values())
         return Comparison(
@@ -149,12 +155,19 @@ class Staging:
         )
         yield from rows
 
+    def settled(self) -> Iterator[tuple[str, str]]:
+        """(id, kind of failure) of every staged task that the folder holds as done, with an empty kind, or as failed."""
+        yield from self._db.execute(
+            "SELECT t.id, ifnull(t.kind, '') FROM incoming i JOIN tasks t USING (id) "
+            "WHERE t.state != 'pending' AND i.fingerprint = t.fingerprint AND i.path = t.path"
+        )
+
     def unkept(self) -> Iterator[str]:
         """The id of every staged task that a run with the sink `none` has done: its picture was not kept."""
         rows = self._db.execute(
             "SELECT t.id FROM incoming i JOIN tasks t USING (id) "
             "WHERE t.state = 'done' AND i.fingerprint = t.fingerprint AND i.path = t.path "
-            "AND json_extract(t.receipt, '$.sha256') = ''"
+            "AND json_extract(t.receipt, '$.sha256') = '' AND json_extract(t.receipt, '$.answer') IS NULL"
         )
         for (name,) in rows:
             yield name

@@ -18,7 +18,7 @@ from tiny_model import SPEC, TINY, loaded, no_beat, picture, planned, run
 from imagemill.errors import BadModel
 from imagemill.families import family
 from imagemill.runners.diffusion import DiffusionRunner, create
-from imagemill.runners.loading import refuse_gaps
+from imagemill.runners.loading import choose_family, refuse_gaps
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,11 @@ def test_folders_that_are_no_model_are_refused(folder: Path) -> None:
     index = json.loads(place.read_text())
     for name, message in (
         ("MysteryPipeline", "has no pipeline class MysteryPipeline"),
-        ("QwenImageEditPipeline", "is not served"),
+        ("QwenImageEditInpaintPipeline", "is not served; pipelines that make a picture from text, or edit one by text"),
+        ("FluxControlPipeline", "is not served"),
+        ("FluxFillPipeline", "is not served"),
+        ("StableDiffusionControlNetPipeline", "is not served"),
+        ("WanPipeline", "is not served"),
         ("AutoencoderKL", "is not served"),
         (["pipeline", "Custom"], "names no pipeline class"),
     ):
@@ -124,6 +128,20 @@ def test_folders_that_are_no_model_are_refused(folder: Path) -> None:
         assert message in load_error(folder)
     place.write_text("{")
     assert "does not read" in load_error(folder)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "name"),
+    [
+        ("Flux2KleinPipeline", "flux2"),
+        ("QwenImageEditPlusPipeline", "qwen_edit"),
+        ("FluxKontextPipeline", "flux_kontext"),
+        ("StableDiffusionInstructPix2PixPipeline", "generic"),
+        ("StableDiffusionXLImg2ImgPipeline", "generic"),
+    ],
+)
+def test_pipelines_that_edit_by_text_are_served(pipeline: str, name: str) -> None:
+    assert choose_family(SPEC, pipeline).name == name
 
 
 def test_a_weight_left_on_meta_is_refused() -> None:

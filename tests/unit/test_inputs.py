@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from imagemill import inputs
 from imagemill.errors import InputError
-from imagemill.inputs import Inputs, digest_file, local_path, read_lora
+from imagemill.inputs import Inputs, digest_file, local_path, lora_path, read_lora
 
 
 def zeros(*shape: int) -> np.ndarray:
@@ -164,7 +164,7 @@ def test_a_bad_file_is_read_once_and_refused_each_time(tmp_path: Path, monkeypat
 
 def test_a_picture_is_known_by_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"bytes of a picture")
-    assert Inputs().image(str(tmp_path / "a.png")) == hashlib.sha256(b"bytes of a picture").hexdigest()
+    assert Inputs().image(str(tmp_path / "a.png")).digest == hashlib.sha256(b"bytes of a picture").hexdigest()
     assert digest_file(tmp_path / "a.png") == hashlib.sha256(b"bytes of a picture").hexdigest()
     with pytest.raises(InputError, match="cannot be read"):
         digest_file(tmp_path / "none.png")
@@ -179,3 +179,28 @@ def test_local_paths_are_absolute_and_urls_are_refused(tmp_path: Path, monkeypat
     for bad in ("https://x/y", "s3://x/y", "file:///x", "", " ", "a\0", "\ud800"):
         with pytest.raises(InputError):
             local_path(bad)
+
+
+@pytest.fixture
+def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of embedded adapters with one of them."""
+    folder = tmp_path / "embedded"
+    folder.mkdir()
+    save_file(pair("transformer.layers.0.to_q"), folder / "crayon.safetensors")
+    monkeypatch.setattr(inputs, "LORAS", folder)
+    return folder
+
+
+def test_an_embedded_adapter_is_found_by_its_name(embedded: Path, tmp_path: Path) -> None:
+    assert lora_path("crayon", tmp_path) == str(embedded / "crayon.safetensors")
+    assert lora_path("crayon") == str(embedded / "crayon.safetensors")
+
+
+def test_a_file_goes_before_an_embedded_adapter_of_its_name(embedded: Path, tmp_path: Path) -> None:
+    (tmp_path / "crayon").write_bytes(b"mine")
+    assert lora_path("crayon", tmp_path) == str(tmp_path / "crayon")
+
+
+@pytest.mark.parametrize("text", ["./crayon", "crayon.safetensors", "loras/crayon", "cray"])
+def test_only_the_bare_name_means_an_embedded_adapter(text: str, embedded: Path, tmp_path: Path) -> None:
+    assert Path(lora_path(text, tmp_path)).parent != embedded

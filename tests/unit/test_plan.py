@@ -26,6 +26,7 @@ class Everything:
     name: str = "everything"
     fields: frozenset[str] = frozenset({*OPTIONAL_FIELDS, "prompt_only"})
     multiple: int = 16
+    max_images: int = 2
 
     def group(self, task: Task) -> str:
         return f"{task.steps}"
@@ -56,6 +57,7 @@ WHOLE = Task(
     seed=7,
     loras=(Lora("x.safetensors", 0.5, "d1"), Lora("y.safetensors", 1.0, "d2")),
     output_path="a.png",
+    system_prompt="be fair",
 )
 
 
@@ -163,6 +165,7 @@ def test_a_plain_name_is_its_own_file_stem(name: str) -> None:
 
 OTHER: dict[str, st.SearchStrategy[Any]] = {
     "prompt": st.text(),
+    "system_prompt": st.none() | st.text(),
     "negative_prompt": st.none() | st.text(),
     "width": st.integers(1, 8192),
     "height": st.integers(1, 8192),
@@ -232,7 +235,7 @@ def test_a_whole_number_and_the_same_decimal_are_the_same_value() -> None:
 
 def test_fingerprints_stay_what_they_were() -> None:
     """A change here makes every picture of every folder again: it needs a new SEMANTICS_VERSION, not a new digest."""
-    assert plan.fingerprint(WHOLE, "r", ["i"]) == FROZEN
+    assert plan.fingerprint(replace(WHOLE, system_prompt=None), "r", ["i"]) == FROZEN
 
 
 FROZEN = "764d740866c7f2b66367fb144f6e0d32866d3d6c7a299d69256c0ec91a61f3a5"
@@ -341,6 +344,36 @@ def test_a_model_that_edits_wants_a_picture_unless_it_also_takes_a_prompt_alone(
     task = replace(WHOLE, images=())
     assert fields_of(task) == []
     assert fields_of(task, Everything(fields=frozenset(OPTIONAL_FIELDS))) == ["images"]
+
+
+# --- judges -------------------------------------------------------------------------------------------------------------
+
+
+JUDGE = Everything(name="judge", fields=frozenset({"images", "system_prompt", "prompt_only", "answer"}))
+
+
+def judged(**fields: Any) -> Task:
+    run = Defaults(width=64, height=64, steps=3, seed=5, negative_prompt="rain", loras=(Lora("x"),))
+    return resolved(3, run, model(JUDGE, width=16), **fields)
+
+
+def test_a_judges_task_has_no_size_no_steps_and_no_seed_whatever_the_run_says_and_wherever_it_stands() -> None:
+    task = judged(images=("a.png", "b.png"), system_prompt="be fair")
+    assert (task.width, task.height, task.steps, task.seed, task.negative_prompt, task.loras) == (*(None,) * 5, ())
+    assert plan.problems(task, JUDGE) == []
+    assert plan.planned(task, 4, model(JUDGE), ["d"]).ticket.needs == ("model:m", "adapters:-", "shape:answer")
+    assert task.output_path == "a.answer"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *({"width": 64}, {"height": 64}, {"steps": 3}, {"seed": 1}, {"num_images": 2}, {"output_path": "a.png"}),
+        *({"negative_prompt": "rain"}, {"guidance_scale": 1.0}, {"true_cfg_scale": 1.0}, {"loras": (Lora("x"),)}),
+    ],
+)
+def test_a_field_of_pictures_is_refused_in_a_judges_task(field: dict[str, Any]) -> None:
+    assert fields_of(judged(**field), JUDGE) == [*field]
 
 
 # --- differences --------------------------------------------------------------------------------------------------------

@@ -328,13 +328,13 @@ def test_every_field_arrives(tmp_path: Path) -> None:
     made = task(
         id="x", negative_prompt="", images=["i.png"], model="tiny", width=64, height=32, steps=2, guidance_scale=1,
         true_cfg_scale=2.5, seed=7, loras=[{"path": "l.safetensors", "strength": 0.5}, "m.safetensors:2"],
-        output_path="a/b.png", num_images=3, tag=["t", {"n": None}],
+        output_path="a/b.png", num_images=3, tag=["t", {"n": None}], system_prompt="be fair",
     )  # fmt: skip
     here = Path.cwd()
     assert made == Task(
         "x", "a cat", "", (str(here / "i.png"),), "tiny", 64, 32, 2, 1.0, 2.5, 7,
         (Lora(str(here / "l.safetensors"), 0.5), Lora(str(here / "m.safetensors"), 2.0)),
-        "a/b.png", 3, {"tag": ["t", {"n": None}]},
+        "a/b.png", 3, {"tag": ["t", {"n": None}]}, "be fair",
     )  # fmt: skip
     assert task_from_json(to_json(made)) == made
     assert tasks_of(list(from_iterable([made]))) == [made]
@@ -588,3 +588,42 @@ def test_reading_tasks_imports_neither_torch_nor_what_is_not_needed() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+# --- pictures to edit -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "tsv", "parquet", "mappings"])
+def test_pictures_are_found_beside_the_file_whatever_its_form(tmp_path: Path, form: str) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"x")
+    rows: list[dict[str, Any]] = [{"prompt": "p", "images": ["a.png", "b.png"]}, {"prompt": "q", "images": ["a.png"]}]
+    path = tmp_path / f"tasks.{form}"
+    if form == "mappings":
+        found = from_iterable([{**row, "images": [tmp_path / name for name in row["images"]]} for row in rows])
+    else:
+        if form == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        elif form == "csv":
+            path.write_text('prompt,image\np,"[""a.png"", ""b.png""]"\nq,a.png\n')
+        elif form == "tsv":
+            path.write_text('prompt\timages\np\t["a.png", "b.png"]\nq\ta.png\n')
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        found = open_source(path)
+    made = [row.task.images for row in found if row.task]
+    assert made == [(str(tmp_path / "a.png"), str(tmp_path / "b.png")), (str(tmp_path / "a.png"),)]
+
+
+def test_a_picture_from_memory_wants_a_folder_to_be_kept_in(tmp_path: Path) -> None:
+    from PIL import Image
+
+    task = {"prompt": "p", "images": [Image.new("L", (2, 2)), "a.png"]}
+    (row,) = from_iterable([task])
+    assert [problem.field for problem in row.problems] == ["images"]
+    assert "no folder to keep it in" in row.problems[0].message
+    (row,) = from_iterable([task], tmp_path / "kept")
+    assert row.task
+    assert Path(row.task.images[0]).parent == tmp_path / "kept"
+    assert row.task.images[1] == os.path.abspath("a.png")
+    assert task["images"][1] == "a.png"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from imagemill.errors import BadModel
 from imagemill.plan import Defaults
@@ -18,6 +18,13 @@ from imagemill.records import Task
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
+
+Size: TypeAlias = tuple[int, int]
+"""Width and height in pixels."""
+
+Pictures: TypeAlias = Sequence["Image"]
+"""What one task edits: RGB, upright, of its `reference_sizes`. Empty for a task from text alone."""
 
 OnStep = Callable[[int, int], None]
 """`on_step(step, steps)`: one denoising step of the batch is done."""
@@ -26,8 +33,10 @@ OnStep = Callable[[int, int], None]
 class Family(Protocol):
     """One kind of pipeline.
 
-    `pipelines` are the `_class_name`s it serves, `fields` the optional task fields it takes (`plan.OPTIONAL_FIELDS`),
-    `multiple` what width and height must be multiples of, `max_batch` how many tasks of one group it can run at once.
+    `pipelines` are the `_class_name`s it serves, `fields` the optional task fields it takes (`plan.OPTIONAL_FIELDS`; and
+    `prompt_only` when a family that takes `images` also does without), `multiple` what width and height must be
+    multiples of, `max_batch` how many tasks of one group it can run at once, `max_images` how many pictures a task may
+    name, `max_edit_batch` how many tasks with pictures it can run at once.
     """
 
     name: str
@@ -35,6 +44,8 @@ class Family(Protocol):
     fields: frozenset[str]
     multiple: int
     max_batch: int
+    max_images: int
+    max_edit_batch: int
     defaults: Defaults
 
     def group(self, task: Task) -> str:
@@ -43,8 +54,14 @@ class Family(Protocol):
     def cost(self, task: Task) -> float:
         """Estimated seconds on one H100; only ratios matter to the scheduler."""
 
-    def encode(self, pipe: Any, tasks: Sequence[Task]) -> Any:
-        """Text (and pictures) to conditioning, for `denoise` of the same tasks in the same order."""
+    def reference_sizes(self, task: Task, sizes: Sequence[Size]) -> tuple[Size, ...]:
+        """Width and height that each of the task's pictures to edit is brought to before `encode`, from those it has.
+
+        Only tasks for which these are equal share a batch.
+        """
+
+    def encode(self, pipe: Any, tasks: Sequence[Task], pictures: Sequence[Pictures]) -> Any:
+        """Text and each task's pictures to conditioning, for `denoise` of the same tasks in the same order."""
 
     def denoise(self, pipe: Any, tasks: Sequence[Task], conditioning: Any, on_step: OnStep) -> Any:
         """Noise, drawn per task from its own seed on the CPU, to latents (or to pictures where a pipeline has no seam)."""
@@ -71,7 +88,7 @@ def family(name: str) -> Family:
 
 
 def family_for(class_name: str) -> Family:
-    """The family that serves the pipeline class of a `model_index.json`; `generic` for any text-to-image class."""
+    """The family that serves the pipeline class of a `model_index.json`; `generic` for any other."""
     for candidate in families().values():
         if class_name in candidate.pipelines:
             return candidate

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from imagemill.errors import BadModel
-from imagemill.families import OnStep
+from imagemill.families import OnStep, Pictures, Size
 from imagemill.plan import OPTIONAL_FIELDS, Defaults
 from imagemill.records import Task
 
@@ -30,6 +30,8 @@ class Fake:
     fields: frozenset[str] = frozenset({*OPTIONAL_FIELDS, "prompt_only"})
     multiple: int = 1
     max_batch: int = 64
+    max_images: int = 64
+    max_edit_batch: int = 64
     defaults: Defaults = Defaults(width=16, height=16, steps=1)
 
     def group(self, task: Task) -> str:
@@ -42,7 +44,11 @@ class Fake:
         delay = script.get("delay") if isinstance(script, dict) else None
         return SECONDS + (float(delay) if isinstance(delay, int | float) else 0.0)
 
-    def encode(self, pipe: Any, tasks: Sequence[Task]) -> NoReturn:
+    def reference_sizes(self, task: Task, sizes: Sequence[Size]) -> tuple[Size, ...]:
+        """As they are."""
+        return tuple(sizes)
+
+    def encode(self, pipe: Any, tasks: Sequence[Task], pictures: Sequence[Pictures]) -> NoReturn:
         """There is no pipeline to encode for."""
         raise BadModel("the fake family has no pipeline; use the runner 'fake'")
 

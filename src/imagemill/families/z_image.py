@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from imagemill.errors import BadTask
-from imagemill.families import OnStep
-from imagemill.families.generic import generator, step_callback
+from imagemill.families import OnStep, Pictures, Size
+from imagemill.families.generic import generator, refuse_size, step_callback
 from imagemill.plan import Defaults
 from imagemill.records import Task
 
@@ -52,6 +51,8 @@ class ZImage:
     fields: frozenset[str] = frozenset({"negative_prompt", "guidance_scale", "loras"})
     multiple: int = 16
     max_batch: int = 8
+    max_images: int = 0
+    max_edit_batch: int = 1
     defaults: Defaults = Defaults(width=1024, height=1024, steps=8, guidance_scale=0.0)
 
     def group(self, task: Task) -> str:
@@ -68,7 +69,11 @@ class ZImage:
             forward *= ADAPTER_SLOWDOWN
         return passes * (ENCODE_SECONDS + (task.steps or 8) * forward) + DECODE_SECONDS * pixels / 2**20
 
-    def encode(self, pipe: Any, tasks: Sequence[Task]) -> Conditioning:
+    def reference_sizes(self, task: Task, sizes: Sequence[Size]) -> tuple[Size, ...]:
+        """It edits no pictures."""
+        return ()
+
+    def encode(self, pipe: Any, tasks: Sequence[Task], pictures: Sequence[Pictures]) -> Conditioning:
         """Prompts to embeddings, padded to the longest of the batch in steps of `BUCKET` instead of to 512 tokens.
 
         The encoder is causal and the pad stands to the right, so the shorter pad changes no embedding.
@@ -82,9 +87,7 @@ class ZImage:
         """Latents (batch, channels, height/s, width/s) in float32, s being the VAE's down-sampling."""
         first = tasks[0]
         assert first.width and first.height and first.steps, "a planned task has its size and steps"
-        unit = pipe.vae_scale_factor * 2
-        if first.width % unit or first.height % unit:
-            raise BadTask(f"{first.width}x{first.height} is no size for this model: both must be multiples of {unit}")
+        refuse_size(pipe, first)
         (latents,) = pipe(
             prompt=None,
             prompt_embeds=list(conditioning.positive),

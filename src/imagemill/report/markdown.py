@@ -27,7 +27,7 @@ STATUS = {
 
 def markdown(title: str, summary: Mapping[str, Any]) -> str:
     """The report as Markdown (tables as in CommonMark with GitHub's extension)."""
-    parts = [f"# {_text(title)}", *_head(summary), *_runs(summary["runs"])]
+    parts = [f"# {one_line(title)}", *_head(summary), *_runs(summary["runs"])]
     for name in ("models", "adapters", "shapes"):
         parts += _groups(name, summary[name])
     parts += _failures(summary) + _skipped(summary["skipped"]) + _flags(summary["flags"])
@@ -56,7 +56,7 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         )
         for run in runs
     )
-    parts = ["## Runs", _table(heads, rows, len(runs))]
+    parts = ["## Runs", table(heads, rows, len(runs))]
     for run in reversed(runs):
         if run["workers"]:
             return [*parts, f"## Workers of run {run['run']}", _workers(run["workers"])]
@@ -72,7 +72,7 @@ def _workers(workers: Sequence[Mapping[str, Any]]) -> str:
         )
         for lane in workers
     )
-    return _table(heads, rows, len(workers))
+    return table(heads, rows, len(workers))
 
 
 def _groups(name: str, groups: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -83,7 +83,7 @@ def _groups(name: str, groups: Sequence[Mapping[str, Any]]) -> list[str]:
         (group["name"], *(number(group[key]) for key in heads[1:5]), duration(group["mean_seconds"]))
         for group in groups
     )
-    return [f"## {name.capitalize()}", _table(heads, rows, len(groups))]
+    return [f"## {name.capitalize()}", table(heads, rows, len(groups))]
 
 
 def _failures(summary: Mapping[str, Any]) -> list[str]:
@@ -92,21 +92,21 @@ def _failures(summary: Mapping[str, Any]) -> list[str]:
         return []
     kinds = ", ".join(f"{number(count)} {kind}" for kind, count in summary["failed_by_kind"].items())
     rows = ((row["id"], row["kind"] or "", row["message"] or "", number(row["attempts"])) for row in failures)
-    return ["## Failures", f"{kinds}.", _table(("task", "kind", "reason", "tries"), rows, total)]
+    return ["## Failures", f"{kinds}.", table(("task", "kind", "reason", "tries"), rows, total)]
 
 
 def _skipped(skipped: Mapping[str, Any]) -> list[str]:
     if not skipped["total"]:
         return []
     rows = ((row["place"], row["reason"]) for row in skipped["rows"])
-    return ["## Skipped rows", _table(("row", "reason"), rows, skipped["total"])]
+    return ["## Skipped rows", table(("row", "reason"), rows, skipped["total"])]
 
 
 def _flags(flags: Mapping[str, Any]) -> list[str]:
     if not flags["total"]:
         return []
     rows = ((row["id"], ", ".join(row["flags"]), row["path"] or "–") for row in flags["rows"])
-    return ["## Flagged pictures", _table(("task", "flags", "path"), rows, flags["total"])]
+    return ["## Flagged pictures", table(("task", "flags", "path"), rows, flags["total"])]
 
 
 def status(word: str) -> str:
@@ -114,16 +114,17 @@ def status(word: str) -> str:
     return STATUS.get(word, word.replace("_", " "))
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], total: int) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], total: int) -> str:
+    """A table of the first `LISTED` of `total` rows."""
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for shown, row in enumerate(rows):
         if shown == LISTED:
             lines.append(f"\n… and {number(total - LISTED)} more.")
             break
-        lines.append(f"| {' | '.join(_text(cut(cell, 500)) for cell in row)} |")
+        lines.append(f"| {' | '.join(one_line(cut(cell, 500)) for cell in row)} |")
     return "\n".join(lines)
 
 
-def _text(text: str) -> str:
+def one_line(text: str) -> str:
     """Any text as one line that Markdown shows as it stands."""
     return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", " ".join(text.split()))

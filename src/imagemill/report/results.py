@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from imagemill.ledger import Ledger
+from imagemill.plan import ANSWER_SUFFIX
 
 TASK_FIELDS = (
     *("prompt", "negative_prompt", "images", "model", "width", "height", "steps", "guidance_scale", "true_cfg_scale"),
@@ -48,7 +49,7 @@ def _result(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": row["id"],
         "state": row["state"],
-        "path": (receipt.get("path") or None) if row["state"] == "done" else row["path"],
+        "path": _path(row, receipt),
         **{name: task.get(name) for name in TASK_FIELDS},
         "attempts": row["attempts"],
         "worker": row["worker"] if settled else None,
@@ -62,4 +63,13 @@ def _result(row: dict[str, Any]) -> dict[str, Any]:
         "flags": receipt.get("flags") or [],
         "metadata": task.get("metadata") or {},
         "fingerprint": row["fingerprint"],
+        **({"system_prompt": task["system_prompt"]} if task.get("system_prompt") is not None else {}),
+        **({"answer": receipt["answer"]} if receipt.get("answer") else {}),
     }
+
+
+def _path(row: Mapping[str, Any], receipt: Mapping[str, Any]) -> str | None:
+    """Where the picture is, or is to be; None where no file is kept, as for an answer."""
+    if row["state"] == "done":
+        return receipt.get("path") or None
+    return None if row["path"].endswith(ANSWER_SUFFIX) else row["path"]

@@ -91,7 +91,7 @@ class Tally:
         self.bytes += result["bytes"] or 0
         self.retried += result["state"] == "done" and result["attempts"] > 1
         self.models.add(str(result["model"]), result)
-        self.shapes.add(f"{result['width']}x{result['height']}", result)
+        self.shapes.add(f"{result['width']}x{result['height']}" if result["width"] else "answer", result)
         for lora in result["loras"] or ():
             self.adapters.add(lora["path"], result, lora["strength"])
         if result["state"] == "failed":

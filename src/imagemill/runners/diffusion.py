@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from imagemill.errors import BadModel, BadOutput, BadTask, TaskError
 from imagemill.families import Family
 from imagemill.plan import adapters_need
-from imagemill.records import Lora, ModelSpec, PlannedTask, Task, WorkOrder
+from imagemill.records import Lora, ModelSpec, Task, WorkOrder
 from imagemill.runners import Beat, Result
 from imagemill.runners.adapters import Adapters
+from imagemill.runners.references import Member, by_shapes, take_in
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,7 @@ class DiffusionRunner:
         log.info("loaded %s on %s in %.1f s", spec.name, describe(self.device), time.monotonic() - started)
 
     def run(self, order: WorkOrder, beat: Beat) -> Iterator[Result]:
-        """One result a task, in the order's order. All tasks share model, adapters and group.
+        """One result a task. All tasks share model, adapters and group; those whose pictures differ in shape run apart.
 
         A refusal that meets a batch of several is tried again one task at a time, so that only the culprit fails.
         Raises `ValueError` when the tasks do not belong together or the order is for another model: the sender's defect.
@@ -82,31 +83,38 @@ class DiffusionRunner:
             same_adapters = adapters_need(task.loras) == adapters_need(first.loras)
             if not same_adapters or self._family.group(task) != self._family.group(first):
                 raise ValueError(f"tasks {first.id!r} and {task.id!r} cannot share a batch")
-        yield from self._run(self._family, order.tasks, beat)
+        members: list[Member] = []
+        for found in take_in(order.tasks, self._family, self._spec):
+            if isinstance(found, Result):
+                yield found
+            else:
+                members.append(found)
+        for alike in by_shapes(members, self._family):
+            yield from self._run(self._family, alike, beat)
 
-    def _run(self, family: Family, members: Sequence[PlannedTask], beat: Beat) -> Iterator[Result]:
+    def _run(self, family: Family, members: Sequence[Member], beat: Beat) -> Iterator[Result]:
         try:
             results = self._batch(family, members, beat)
         except (BadTask, BadOutput) as error:
             if len(members) == 1:
-                results = [Result(members[0].ticket.seq, error=error)]
+                results = [Result(members[0].planned.ticket.seq, error=error)]
             else:
-                for planned in members:
-                    yield from self._run(family, [planned], beat)
+                for member in members:
+                    yield from self._run(family, [member], beat)
                 return
         yield from results
 
-    def _batch(self, family: Family, members: Sequence[PlannedTask], beat: Beat) -> list[Result]:
+    def _batch(self, family: Family, members: Sequence[Member], beat: Beat) -> list[Result]:
         import torch
 
-        tasks = [planned.task for planned in members]
-        seq, size, steps = members[0].ticket.seq, len(members), tasks[0].steps or 0
+        tasks = [member.planned.task for member in members]
+        seq, size, steps = members[0].planned.ticket.seq, len(members), tasks[0].steps or 0
         watch = Stopwatch(self.device, size)
         self._apply(tasks[0].loras, watch)
         with torch.inference_mode():
             beat("encode", seq, 0, steps)
             with watch.stage("encode"):
-                conditioning = family.encode(self._pipe, tasks)
+                conditioning = family.encode(self._pipe, tasks, [member.pictures for member in members])
             with watch.stage("denoise"):
                 latents = family.denoise(
                     self._pipe, tasks, conditioning, lambda step, steps: beat("denoise", seq, step, steps)
@@ -119,10 +127,10 @@ class DiffusionRunner:
                 made = [finish(picture, task) for picture, task in zip(pictures, tasks, strict=True)]
         self._shape = f"shape:{tasks[0].width}x{tasks[0].height}"
         return [
-            Result(planned.ticket.seq, error=one, seconds=watch.seconds, batch_size=size)
+            Result(member.planned.ticket.seq, error=one, seconds=watch.seconds, batch_size=size)
             if isinstance(one, TaskError)
-            else Result(planned.ticket.seq, image=one, seconds=watch.seconds, batch_size=size)
-            for planned, one in zip(members, made, strict=True)
+            else Result(member.planned.ticket.seq, image=one, seconds=watch.seconds, batch_size=size)
+            for member, one in zip(members, made, strict=True)
         ]
 
     def _apply(self, loras: Sequence[Lora], watch: Stopwatch) -> None:

@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-USUAL_CALL = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type")
-OTHER_TASKS = ("Edit", "Img2Img", "Inpaint", "ControlNet", "Kontext", "Video", "Upscale")
-"""Words in the names of pipelines that do not make a picture from text alone."""
+USUAL_CALL = ("prompt", "num_inference_steps", "generator", "output_type")
+SIZE = ("height", "width")
+"""Arguments that a call which takes an `image` may do without."""
+OTHER_TASKS = ("Inpaint", "Control", "Fill", "Video", "Upscale", "Layered", "Redux")
+"""Words in the names of pipelines that want more than text and a picture, or make something else."""
+OTHER_INPUTS = frozenset({"mask_image", "mask", "control_image", "num_frames", "video"})
+"""Arguments that tell such a pipeline whatever its name."""
 
 
 def load(spec: ModelSpec, device: str, beat: Beat) -> tuple[Any, Family]:
@@ -77,7 +81,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def choose_family(spec: ModelSpec, class_name: str) -> Family:
-    """The family that serves the class. Raises `BadModel` for a class unknown to diffusers or that edits pictures."""
+    """The family that serves the class. Raises `BadModel` for a class unknown to diffusers, or that asks for more than text
+    and a picture."""
     import diffusers
 
     kind = getattr(diffusers, class_name, None)
@@ -89,10 +94,14 @@ def choose_family(spec: ModelSpec, class_name: str) -> Family:
             raise BadModel(f"the family {chosen.name} serves {', '.join(chosen.pipelines)}, not {class_name}")
         return chosen
     parameters = inspect.signature(kind.__call__).parameters
-    missing = [name for name in USUAL_CALL if name not in parameters]
-    if missing or chosen.name != "generic" or any(word in class_name for word in OTHER_TASKS):
+    wanted = USUAL_CALL if "image" in parameters else (*USUAL_CALL, *SIZE)
+    missing = [name for name in wanted if name not in parameters]
+    other = any(word in class_name for word in OTHER_TASKS) or OTHER_INPUTS & set(parameters)
+    if missing or other or chosen.name != "generic":
         lack = f": its call lacks {', '.join(missing)}" if missing else ""
-        raise BadModel(f"{class_name} is not served; text-to-image pipelines are{lack}")
+        raise BadModel(
+            f"{class_name} is not served; pipelines that make a picture from text, or edit one by text, are{lack}"
+        )
     return chosen
 
 
@@ -124,14 +133,21 @@ def load_weights(folder: Path, entry: list[str], dtype: torch.dtype) -> Any:
     kind = component_class(library, class_name)
     if not (isinstance(kind, type) and issubclass(kind, Module)):
         return None
+    return load_complete(folder, kind, dtype)
+
+
+def load_complete(folder: Path, loader: Any, dtype: torch.dtype, **how: Any) -> Any:
+    """What `loader.from_pretrained` makes of the folder, in eval mode; `how` is handed on.
+
+    Raises `BadModel` for pickled, missing, torn or incomplete weights.
+    """
     if not any(folder.glob("*.safetensors")):
         if any(path for pattern in PICKLES for path in folder.glob(pattern)):
             raise BadModel(f"{folder} has only pickled weights, which can run code; convert them to safetensors")
         raise BadModel(f"{folder} has no safetensors weights")
-    loader: Any = kind
     try:
         part, account = loader.from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **how
         )
     except Exception as error:
         raise refusal(folder, error) from error

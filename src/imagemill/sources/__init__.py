@@ -10,8 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from imagemill.errors import InputError
+from imagemill import source_image
+from imagemill.errors import BadTask, InputError
 from imagemill.records import Task
+from imagemill.sources.columns import FIELDS
 from imagemill.sources.document import read_json
 from imagemill.sources.lines import opened, read_jsonl
 from imagemill.sources.rows import Row, bad_row, row_from_mapping
@@ -45,8 +47,11 @@ def open_source(
     return _read(path, prompt_column)
 
 
-def from_iterable(tasks: Iterable[Task | Mapping[str, Any] | str]) -> Iterator[Row]:
-    """The rows of tasks from Python: records, mappings with the columns of a file, or prompts."""
+def from_iterable(tasks: Iterable[Task | Mapping[str, Any] | str], kept: Path | None = None) -> Iterator[Row]:
+    """The rows of tasks from Python: records, mappings with the columns of a file, or prompts.
+
+    A picture to edit may be one of Pillow's in a mapping; it is written to the folder `kept`.
+    """
     for index, given in enumerate(tasks):
         place = f"task {index + 1}"
         task: Any = given
@@ -55,9 +60,31 @@ def from_iterable(tasks: Iterable[Task | Mapping[str, Any] | str]) -> Iterator[R
         elif isinstance(task, str):
             task = {"prompt": task}
         if isinstance(task, Mapping):
-            yield row_from_mapping(task, index, place)
+            try:
+                row = row_from_mapping(_on_disk(task, kept), index, place)
+            except BadTask as error:
+                row = bad_row(index, place, "images", str(error))
+            yield row
         else:
             yield bad_row(index, place, "task", f"is a {type(task).__name__}; give a Task, a mapping or a prompt")
+
+
+def _on_disk(task: Mapping[str, Any], kept: Path | None) -> Mapping[str, Any]:
+    """The task with files for its pictures from memory. Raises `BadTask` for one that cannot be kept."""
+    found: dict[str, Any] = {}
+    for column in (name for name, field in FIELDS.items() if field == "images"):
+        value = task.get(column)
+        if value is None or isinstance(value, str | os.PathLike):
+            continue
+        from PIL.Image import Image
+
+        several = value if isinstance(value, list | tuple) else [value]
+        if not any(isinstance(one, Image) for one in several):
+            continue
+        if kept is None:
+            raise BadTask("is a picture in memory, and there is no folder to keep it in; give its path")
+        found[column] = [source_image.keep(one, kept) if isinstance(one, Image) else one for one in several]
+    return {**task, **found}
 
 
 def _check(path: Path) -> None:

@@ -29,6 +29,7 @@ FIELDS = {
     "lora_strength": "lora_strength",
     "output_path": "output_path",
     "num_images": "num_images",
+    "system_prompt": "system_prompt",
     "metadata": "metadata",
 }
 """Every column that is understood, and the field it stands for."""
@@ -41,11 +42,13 @@ def listed(columns: Mapping[str, Any] | Sequence[str], limit: int = 20) -> str:
 
 
 def prompt_column_of(columns: Mapping[str, Any] | Sequence[str]) -> str:
-    """`prompt`, or the only column that differs from it in case alone."""
+    """`prompt`, or the only column that differs from it in case alone, or an edit benchmark's `instruction`."""
     if "prompt" in columns:
         return "prompt"
     alike = [name for name in columns if isinstance(name, str) and name.lower() == "prompt"]
-    return alike[0] if len(alike) == 1 else "prompt"
+    if len(alike) == 1:
+        return alike[0]
+    return "instruction" if "instruction" in columns else "prompt"
 
 
 def table_prompt_column(columns: Sequence[str], prompt_column: str | None, place: str) -> str:

@@ -7,7 +7,7 @@ What imagemill does not know becomes metadata.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from imagemill.config.values import Loras, as_path, parse_size
 from imagemill.config.wording import field_path, message, shown
 from imagemill.errors import InputError
-from imagemill.inputs import local_path
+from imagemill.inputs import local_path, lora_path
 from imagemill.plan import Problem, is_unicode
 from imagemill.records import Lora, Task
 from imagemill.sources.columns import FIELDS, listed, prompt_column_of
@@ -139,6 +139,7 @@ class TaskForm(BaseModel):
     loras: Loras = ()
     output_path: Annotated[str, BeforeValidator(as_path)] | None = None
     num_images: Whole = 1
+    system_prompt: str | None = None
 
 
 class _Columns:
@@ -233,7 +234,7 @@ def _task(form: TaskForm, index: int, metadata: dict[str, Any], base: Path | Non
         id=form.id if form.id is not None else f"{index + 1:06d}",
         prompt=form.prompt,
         negative_prompt=form.negative_prompt,
-        images=tuple(_located(form.images, "images", base, problems)) if form.images else (),
+        images=tuple(_located(local_path, form.images, "images", base, problems)) if form.images else (),
         model=form.model or None,
         width=form.width,
         height=form.height,
@@ -244,18 +245,25 @@ def _task(form: TaskForm, index: int, metadata: dict[str, Any], base: Path | Non
         loras=_located_loras(form.loras, base, problems) if form.loras else (),
         output_path=form.output_path or None,
         num_images=form.num_images,
+        system_prompt=form.system_prompt,
         metadata=metadata,
     )
 
 
 def _located_loras(loras: tuple[Lora, ...], base: Path | None, problems: list[Problem]) -> tuple[Lora, ...]:
-    paths = _located([lora.path for lora in loras], "loras", base, problems)
+    paths = _located(lora_path, [lora.path for lora in loras], "loras", base, problems)
     return tuple(replace(lora, path=path) for lora, path in zip(loras, paths, strict=False))
 
 
-def _located(paths: Sequence[str], field: str, base: Path | None, problems: list[Problem]) -> Iterator[str]:
+def _located(
+    locate: Callable[[str, Path | None], str],
+    paths: Sequence[str],
+    field: str,
+    base: Path | None,
+    problems: list[Problem],
+) -> Iterator[str]:
     for number, path in enumerate(paths):
         try:
-            yield local_path(path, base)
+            yield locate(path, base)
         except InputError as error:
             problems.append(Problem(f"{field}[{number}]", str(error)))
