@@ -15,6 +15,7 @@ from imagemill.version import __version__
 
 if TYPE_CHECKING:
     from imagemill.api import run
+    from imagemill.editor import MultiGPUImageEditor
     from imagemill.engine import Engine, RunOptions, RunReport
     from imagemill.errors import ImagemillError, InputError
     from imagemill.generator import MultiGPUImageGenerator
@@ -25,6 +26,7 @@ _PLACES = {
     "ImagemillError": "errors",
     "InputError": "errors",
     "Lora": "records",
+    "MultiGPUImageEditor": "editor",
     "MultiGPUImageGenerator": "generator",
     "Outcome": "records",
     "RunOptions": "engine",
@@ -38,6 +40,7 @@ __all__ = [
     "ImagemillError",
     "InputError",
     "Lora",
+    "MultiGPUImageEditor",
     "MultiGPUImageGenerator",
     "Outcome",
     "RunOptions",

@@ -6,17 +6,14 @@ Exit codes: 0 everything is done, 1 something failed or is left, 2 bad input, 13
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from imagemill.cli_eval import compare_command, eval_command, with_lists
 from imagemill.cli_options import (
     BatchSize,
     Config,
@@ -54,11 +51,7 @@ from imagemill.version import __version__
 
 if TYPE_CHECKING:
     from imagemill.config import Settings
-    from imagemill.engine import Engine, RunOptions, RunReport
-    from imagemill.progress import Progress
-
-AT_ONCE = 5.0
-"""Seconds after the second signal at which the command ends, however its worker behaves."""
+    from imagemill.engine import RunOptions, RunReport
 
 app = typer.Typer(
     name="imagemill",
@@ -173,6 +166,10 @@ def doctor_command() -> None:
     raise typer.Exit(1 if diagnosis.problems else 0)
 
 
+app.command("eval")(eval_command)
+app.command("compare")(compare_command)
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"imagemill {__version__}")
@@ -203,6 +200,7 @@ def _run(source: str, out: Path | None, settings: Settings, options: RunOptions,
     from imagemill.engine import Engine
     from imagemill.errors import InputError
     from imagemill.report import write_reports
+    from imagemill.signals import stop_signals
 
     if settings.model is None:
         typer.echo(
@@ -261,37 +259,10 @@ def summary(report: RunReport) -> str:
     return "\n".join(lines)
 
 
-@contextmanager
-def stop_signals(engine: Engine, show: Progress) -> Iterator[list[int]]:
-    """The first SIGINT or SIGTERM ends what is in flight, the second stops at once. Yields the exit code to use."""
-    code: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        code.append(128 + number)
-        under_way = engine.drain() if len(code) == 1 else engine.cancel()
-        if len(code) == 2:
-            # A worker inside this process that hangs cannot be ended; whatever it does, we go.
-            last_resort = threading.Timer(AT_ONCE, os._exit, [code[0]])
-            last_resort.daemon = True
-            last_resort.start()
-        if not under_way:
-            raise KeyboardInterrupt
-        if len(code) == 1:
-            show.note("stopping: what is in flight is finished; again to stop at once")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield code
-    except KeyboardInterrupt:
-        raise typer.Exit(code[0] if code else 130) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def main() -> None:
     """The console script. A user's mistake ends in one line and exit code 2, a defect in a traceback."""
     arguments = ["--retry-failed=all" if argument == "--retry-failed" else argument for argument in sys.argv[1:]]
+    arguments = with_lists(arguments)
     try:
         app(arguments, prog_name="imagemill")
     except ImagemillError as error:

@@ -136,19 +136,10 @@ OPTION_KEYS = {
 def settings_of(given: Mapping[str, Any]) -> Settings:
     """The settings of the YAML file with the options above them. Raises `ConfigError` that names the option."""
     from imagemill import config
-    from imagemill.errors import ConfigError
 
     base = config.load_settings(given["config"]) if given["config"] else config.Settings()
     overrides = {key: given.get(name) for name, key in OPTION_KEYS.items()}
-    if given["gpus"] not in (None, "auto"):
-        if not given["gpus"].isdecimal():
-            raise ConfigError(f"--gpus: {given['gpus']!r} is neither a number nor auto")
-        overrides["devices.gpus"] = int(given["gpus"])
-    if given["gpu_ids"] is not None:
-        parts = given["gpu_ids"].split(",")
-        if not all(part.strip().isdecimal() for part in parts):
-            raise ConfigError(f"--gpu-ids: {given['gpu_ids']!r} is no list of numbers; write 0,2,4")
-        overrides["devices.gpu_ids"] = [int(part) for part in parts]
+    overrides |= {f"devices.{name}": value for name, value in gpus_of(given).items()}
     if given.get("no_metadata"):
         overrides["output.metadata"] = False
     options = {key: "--" + name.replace("_", "-") for name, key in OPTION_KEYS.items()}
@@ -158,19 +149,42 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
 def options_of(given: Mapping[str, Any]) -> RunOptions:
     """How the run treats its source and its folder."""
     from imagemill.engine import RunOptions
-    from imagemill.errors import KINDS, ConfigError
 
-    retry: tuple[str, ...] = ()
-    if given["retry_failed"] is not None:
-        asked = [kind.strip() for kind in given["retry_failed"].split(",")]
-        retry = KINDS if asked == ["all"] else tuple(asked)
-        unknown = [kind for kind in retry if kind not in KINDS]
-        if unknown:
-            raise ConfigError(f"--retry-failed: {unknown[0]!r} is no kind of failure; known: {', '.join(KINDS)}, all")
     return RunOptions(
         limit=given["limit"],
         skip_bad=given["skip_bad"],
-        retry=retry,
+        retry=kinds_of(given["retry_failed"]),
         rerun_changed=given["rerun_changed"],
         prompt_column=given["prompt_column"],
     )
+
+
+def gpus_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`gpus` and `gpu_ids` as numbers, None where they are not given. Raises `ConfigError`."""
+    from imagemill.errors import ConfigError
+
+    gpus, ids = given["gpus"], given["gpu_ids"]
+    if gpus not in (None, "auto"):
+        if not gpus.isdecimal():
+            raise ConfigError(f"--gpus: {gpus!r} is neither a number nor auto")
+        gpus = int(gpus)
+    if ids is not None:
+        parts = ids.split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            raise ConfigError(f"--gpu-ids: {ids!r} is no list of numbers; write 0,2,4")
+        ids = [int(part) for part in parts]
+    return {"gpus": gpus, "gpu_ids": ids}
+
+
+def kinds_of(text: str | None) -> tuple[str, ...]:
+    """The kinds of failures that `--retry-failed` names. Raises `ConfigError` for an unknown one."""
+    from imagemill.errors import KINDS, ConfigError
+
+    if text is None:
+        return ()
+    asked = [kind.strip() for kind in text.split(",")]
+    kinds = KINDS if asked == ["all"] else tuple(asked)
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise ConfigError(f"--retry-failed: {unknown[0]!r} is no kind of failure; known: {', '.join(KINDS)}, all")
+    return kinds

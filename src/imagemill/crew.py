@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from imagemill import devices, models
+from imagemill import devices, judges, models
 from imagemill.config import Settings
 from imagemill.devices import Choice
 from imagemill.executors import Executor, inline, processes
 from imagemill.intake import Models
+from imagemill.plan import answers
 from imagemill.policies import Worker
 from imagemill.records import LABEL_VARIABLE, ModelSpec, WorkerSpec
 from imagemill.schedule import Limits
+from imagemill.spread import spread
 
 DEFAULT_MODEL = "tiny"
 
@@ -36,28 +38,47 @@ class Crew:
 
 
 def find_models(settings: Settings) -> Models:
-    """The models of a run. Their precision is part of their revision: bfloat16 on GPUs, float32 on the CPU."""
+    """The models of a run. Their precision is part of their revision: bfloat16 on GPUs, float32 on the CPU, unless asked."""
     asked = settings.devices
     dtype = "bfloat16" if devices.kind(asked.device, asked.gpus, asked.gpu_ids) == "cuda" else "float32"
-    return Models(partial(models.resolve, dtype=dtype), settings.model or DEFAULT_MODEL)
+    dtype = dtype if settings.dtype == "auto" else settings.dtype
+    return Models(partial(models.resolve, dtype=dtype, judge=settings.judge), settings.model or DEFAULT_MODEL)
 
 
 def choose(settings: Settings, used: Sequence[models.Model], tasks: int | None) -> Choice:
-    """The devices that the settings ask for and that hold every model. Raises `InputError`."""
-    asked = settings.devices
-    return devices.choose(
+    """The devices that the settings ask for and that hold every model; the CPU for judges without a model of their own.
+
+    Raises `InputError`.
+    """
+    asked, specs = settings.devices, [model.spec for model in used]
+    if judges.on_cpu(specs):
+        return devices.choose(device="cpu", workers=1 if judges.asks_endpoint(specs) else asked.workers, tasks=tasks)
+    need = max(spec.memory for spec in specs)
+    return _together(settings, specs, need, tasks) or devices.choose(
         device=asked.device,
         gpus=asked.gpus,
         gpu_ids=asked.gpu_ids or None,
         workers=asked.workers,
-        need=max(model.spec.memory for model in used),
+        need=need,
         tasks=tasks,
     )
 
 
+def _together(settings: Settings, specs: Sequence[ModelSpec], need: int, tasks: int | None) -> Choice | None:
+    """Several GPUs a worker for a judge that none of those asked for can take alone; None where that is not the case."""
+    asked = settings.devices
+    if not judges.spreads(specs) or devices.kind(asked.device, asked.gpus, asked.gpu_ids) == "cpu":
+        return None
+    found = devices.gpus()
+    if max(asked.gpu_ids, default=-1) >= len(found):
+        return None  # `devices.choose` says which is not there
+    count = asked.gpus if isinstance(asked.gpus, int) else None
+    return spread([found[place] for place in asked.gpu_ids] or found[:count], need, asked.workers, tasks)
+
+
 def hire(choice: Choice, settings: Settings, first: ModelSpec, log_folder: Path) -> Crew:
     """Make the executor and the specs; the scheduler starts the workers. A single one works inside this process."""
-    alone = len(choice.devices) == 1 and not settings.devices.isolate
+    alone = len(choice.devices) == 1 and bool(choice.devices[0].inline_device) and not settings.devices.isolate
     if alone and choice.devices[0].inline_device.startswith("cuda"):
         # The device's number counts as nvidia-smi does only so, and only before CUDA starts.
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -78,8 +99,8 @@ def hire(choice: Choice, settings: Settings, first: ModelSpec, log_folder: Path)
 
 def limits(settings: Settings, used: Sequence[models.Model]) -> Limits:
     """The scheduler's bounds; no batch is larger than the family of its model takes."""
-    batch = {
-        f"model:{model.spec.name}": min(settings.batch_size, int(getattr(model.planned.family, "max_batch", 1)))
-        for model in used
-    }
+    batch = {}
+    for model in used:
+        asked = judges.batch(model.spec, settings.judge) if answers(model.planned.family) else settings.batch_size
+        batch[f"model:{model.spec.name}"] = min(asked, int(getattr(model.planned.family, "max_batch", 1)))
     return Limits(**settings.limits.model_dump(), batch=batch)

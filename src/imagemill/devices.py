@@ -49,7 +49,8 @@ class Device:
 
     A worker process gets `environment`, which shows it one GPU, and uses `torch_device`. A worker inside this process
     uses `inline_device`; for a GPU that number counts as nvidia-smi does only if `CUDA_DEVICE_ORDER=PCI_BUS_ID` is set
-    before CUDA starts. `free` and `total` are bytes of the device's memory (for a CPU the machine's).
+    before CUDA starts; it is empty where there can be none (`spread.py`). `free` and `total` are bytes of the device's
+    memory (for a CPU the machine's).
     """
 
     label: str

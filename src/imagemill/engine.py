@@ -38,6 +38,9 @@ from imagemill.version import __version__, machine
 CHUNK = 256
 """Tasks of an iterator that are taken in together, at most."""
 
+KEPT = ".imagemill-sources"
+"""Where, inside the output folder, pictures to edit lie that were handed over in memory."""
+
 Feed = Iterator[tuple[PlannedTask, Outcome | None]]
 """The work of a run in order; a task that an earlier run settled comes with its outcome."""
 
@@ -49,7 +52,8 @@ class RunOptions:
     """How one run treats its source and what it finds in the folder.
 
     `retry` are kinds of failures to try again. `overwrite` lets new tasks replace foreign files. `ledger` is where the
-    ledger lies if not in the output folder; the run then takes no lock and writes no report.
+    ledger lies if not in the output folder; the run then takes no lock and writes no report. `again` are ids of settled
+    tasks to do once more; others among them are no mistake.
     """
 
     limit: int | None = None
@@ -59,6 +63,7 @@ class RunOptions:
     overwrite: bool = False
     ledger: Path | None = None
     prompt_column: str | None = None
+    again: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +189,7 @@ class Engine:
         options = options or RunOptions()
         folder = Path(out) if out is not None else self.default_folder(source)
         lazy = not isinstance(source, (str, os.PathLike, Sequence))
-        stream = self._outcomes(self._rows(source, options), folder, options, lazy=lazy)
+        stream = self._outcomes(self._rows(source, options, folder), folder, options, lazy=lazy)
         self._stream = weakref.ref(stream)
         return stream
 
@@ -205,10 +210,10 @@ class Engine:
         stem = Path(source).stem if isinstance(source, (str, os.PathLike)) and str(source) != "-" else ""
         return Path("outputs") / stem
 
-    def _rows(self, source: Any, options: RunOptions) -> Iterator[sources.Row]:
+    def _rows(self, source: Any, options: RunOptions, folder: Path) -> Iterator[sources.Row]:
         if isinstance(source, (str, os.PathLike)):
             return sources.open_source(source, prompt_column=options.prompt_column)
-        return sources.from_iterable(source)
+        return sources.from_iterable(source, folder / KEPT)
 
     # --- one run ----------------------------------------------------------------------------------------------------
 
@@ -233,11 +238,11 @@ class Engine:
             else:
                 admission = intake.stage(rows, limit=options.limit)
                 comparison = intake.check(admission, skip_bad=options.skip_bad, rerun_changed=options.rerun_changed)
-                damaged = intake.damaged()
-                to_do = comparison.to_do(options.retry) + len(damaged)
+                again = intake.again(options.again, options.retry)
+                to_do = comparison.to_do(options.retry) + len(again)
                 choice = self._choose(book, to_do)
                 self._begin(ledger, folder)
-                intake.accept(admission, retry=options.retry, again=damaged)
+                intake.accept(admission, retry=options.retry, again=again)
                 feed = ledger.work()
             stack.enter_context(LogFiles(self._log_folder(path), self.settings.logging.level))
             log.info(
@@ -368,7 +373,7 @@ def _read_as_needed(
     while chunk := list(islice(rows, size)):
         admission = intake.stage(chunk, first=total.tasks)
         intake.check(admission, skip_bad=options.skip_bad, rerun_changed=options.rerun_changed, part=True)
-        intake.accept(admission, retry=options.retry, again=intake.damaged())
+        intake.accept(admission, retry=options.retry, again=intake.again(options.again, options.retry))
         first = total.tasks
         total.tasks += admission.tasks
         total.skipped += admission.skipped

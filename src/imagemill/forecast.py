@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,10 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Everything `imagemill plan` says. `to_do` counts pictures; `groups` are those alike, the largest group first."""
+    """Everything `imagemill plan` says. `to_do` counts pictures; `groups` are those alike, the largest group first.
+
+    `unreadable` are pictures to edit whose header does not read: the tasks that name them will fail.
+    """
 
     source: str
     folder: Path
@@ -43,15 +46,18 @@ class Forecast:
     models: tuple[models.Model, ...]
     groups: tuple[Group, ...]
     adapters: tuple[Adapter, ...]
+    unreadable: tuple[str, ...]
     choice: Choice
     estimate: Estimate
     schedule: str
 
 
-def forecast(source: str, out: Path | None, settings: Settings, options: RunOptions) -> Forecast:
+def forecast(
+    source: str, out: Path | None, settings: Settings, options: RunOptions, rows: Iterable[sources.Row] | None = None
+) -> Forecast:
     """Read and check all that a run would: rows, LoRA headers, paths, models, devices, the folder's ledger.
 
-    Raises what the run would raise before it starts.
+    With `rows` these are the tasks, and `source` is only their name. Raises what the run would raise before it starts.
     """
     folder = out if out is not None else Engine(config=settings).default_folder(source)
     known = folder / FILE_NAME
@@ -59,7 +65,9 @@ def forecast(source: str, out: Path | None, settings: Settings, options: RunOpti
     try:
         book = crew.find_models(settings)
         intake = Intake(settings, book, ledger, OutputFolder(folder, exclusive=False, create=False))
-        admission = intake.stage(sources.open_source(source, prompt_column=options.prompt_column), limit=options.limit)
+        if rows is None:
+            rows = sources.open_source(source, prompt_column=options.prompt_column)
+        admission = intake.stage(rows, limit=options.limit)
         comparison = intake.check(admission, skip_bad=options.skip_bad, rerun_changed=options.rerun_changed)
         damaged = frozenset(intake.damaged())
         to_do = comparison.to_do(options.retry) + len(damaged)
@@ -85,6 +93,7 @@ def forecast(source: str, out: Path | None, settings: Settings, options: RunOpti
             models=used,
             groups=estimate.groups(_work(ledger, options, damaged)),
             adapters=_adapters(intake, ledger),
+            unreadable=_unreadable(intake, ledger),
             choice=choice,
             estimate=figures,
             schedule=str(settings.schedule),
@@ -111,3 +120,8 @@ def _adapters(intake: Intake, ledger: Ledger) -> tuple[Adapter, ...]:
     return tuple(
         Adapter(path, files[path].digest, files[path].bytes, files[path].rank, counts[path]) for path in counts
     )
+
+
+def _unreadable(intake: Intake, ledger: Ledger) -> tuple[str, ...]:
+    paths = dict.fromkeys(path for planned, _, _ in ledger.staging.tasks() for path in planned.task.images)
+    return tuple(path for path in paths if intake.inputs.image(path).size is None)

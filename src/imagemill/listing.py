@@ -41,6 +41,7 @@ def gib(count: int) -> str:
 
 def models_table() -> str:
     """The known models, and how to name others."""
+    from imagemill import judges
     from imagemill.models import KNOWN
 
     rows = []
@@ -57,7 +58,8 @@ def models_table() -> str:
             )
         )
     table = columns(rows, ("NAME", "FAMILY", "SIZE", "MEMORY", "FROM", "NOTE"))
-    return f"{table}\n\nAlso a folder in diffusers format, or a hub repository such as org/name: --model FOLDER|REPO."
+    others = "Also a folder in diffusers format, or a hub repository such as org/name: --model FOLDER|REPO."
+    return f"{table}\n\n{others}\nWhat answers in text instead of making pictures: {judges.KNOWN}."
 
 
 def diagnosis_text(diagnosis: Diagnosis) -> str:
@@ -74,6 +76,7 @@ def forecast_text(forecast: Forecast) -> str:
         _head(forecast),
         _groups(forecast),
         _adapters(forecast),
+        _unreadable(forecast),
         _memory(forecast),
         _policies(forecast),
         _time(forecast),
@@ -127,6 +130,13 @@ def _adapters(forecast: Forecast) -> str:
     ]
     more = f"\n... and {len(forecast.adapters) - SHOWN} more files" if len(forecast.adapters) > SHOWN else ""
     return columns(rows, ("TASKS", "LORA FILE, CHECKED", "", "")) + more
+
+
+def _unreadable(forecast: Forecast) -> str:
+    lines = [f"{path}: is no picture that reads; its tasks will fail" for path in forecast.unreadable[:SHOWN]]
+    if len(forecast.unreadable) > SHOWN:
+        lines.append(f"... and {len(forecast.unreadable) - SHOWN} more such pictures")
+    return "\n".join(lines)
 
 
 def _memory(forecast: Forecast) -> str:

@@ -7,7 +7,6 @@ when a repository is asked for.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from imagemill import hub, judges, revision
+from imagemill.config.settings import JudgeSettings
 from imagemill.devices import GIB
 from imagemill.errors import InputError
 from imagemill.families import Family, family, family_for
@@ -28,17 +29,12 @@ INDEX = "model_index.json"
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 """Suffixes of what a pipeline reads from the folders of its components: configurations, weights, tokenizers."""
 
-SMALL_FILE = 2**20
-SMALL_FOLDER = 64 * 2**20
-SAMPLE = 4096
-SAMPLES = 64
-EDGE = 64 * 1024
-MAX_HEADER = 100 * 2**20
-"""Bytes; the limit that safetensors itself sets to a header."""
-
 FLUX = "black-forest-labs/FLUX.1"
+FLUX2 = "black-forest-labs/FLUX.2"
+QWEN_EDIT = "Qwen/Qwen-Image-Edit"
 STABILITY = "stabilityai/stable-diffusion"
 GATED = "its licence must be accepted on the hub"
+SEVERAL = "edits one or several pictures; two passes a step"
 VARIANTS = ("fp16", "fp32", "bf16", "fp8", "ema", "non_ema")
 """Words in the names of weights that a pipeline reads only when asked for them."""
 
@@ -84,12 +80,15 @@ def _diffusion(
 # Memory is the weights of all components in bfloat16 plus an allowance for activations, the VAE's decode and the CUDA
 # context (about 0.5 GiB). The weights of Z-Image are counted (6.15 B transformer, 4.02 text encoder, 0.084 VAE); the
 # others are what their authors state: Qwen-Image 20.4 + 8.3 text encoder + 0.1 VAE, FLUX 11.9 + 4.8 T5 + 0.2, SDXL
-# 2.6 + 0.9, SD 3.5 8.1 or 2.5 + 4.8 T5 + 0.9. The allowances are estimates with room to spare: 3 GiB, for SDXL 5 (its
-# VAE decodes in float32), for Qwen-Image 6 (the widest model), for tiny the context and its libraries.
+# 2.6 + 0.9, SD 3.5 8.1 or 2.5 + 4.8 T5 + 0.9, FLUX.2 [dev] 32 + 24 Mistral + 0.1, [klein] 3.9 + 4.0 Qwen3 + 0.1. The
+# allowances are estimates with room to spare: 3 GiB, for SDXL 5 (its VAE decodes in float32), for Qwen-Image 6 (the widest
+# model), for tiny the context and its libraries; a model that edits gets 2 more, since it sees the source's tokens beside
+# its own.
 _CATALOGUE = (
     _diffusion(
-        "tiny", "", "z_image", 0.001, 1, "embedded: random weights, pictures of noise", Defaults(128, 128, 4, 0.0)
+        "tiny", "", "z_image", 0.01, 1, "embedded: random weights, pictures of noise", Defaults(128, 128, 8, 0.0)
     ),
+    _diffusion("tiny-edit", "", "flux2", 0.01, 1, "embedded: edits such pictures", Defaults(128, 128, 8, 1.0)),
     KnownModel("fake", "", "fake", "fake", 0.0, 0, "no model: test pictures, with scripted delays and failures"),
     _diffusion("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo", "z_image", 10.3, 3),
     _diffusion("qwen-image", "Qwen/Qwen-Image", "qwen_image", 28.8, 6, "two passes a step"),
@@ -98,19 +97,37 @@ _CATALOGUE = (
     _diffusion("sdxl", f"{STABILITY}-xl-base-1.0", "sdxl", 3.5, 5, "two passes a step"),
     _diffusion("sd3.5-large", f"{STABILITY}-3.5-large", "sd3", 13.8, 3, GATED, Defaults(steps=28, guidance_scale=3.5)),
     _diffusion("sd3.5-medium", f"{STABILITY}-3.5-medium", "sd3", 8.2, 3, GATED, Defaults(steps=40, guidance_scale=4.5)),
+    _diffusion("qwen-image-edit", QWEN_EDIT, "qwen_edit", 28.8, 8, "edits one picture; two passes a step"),
+    _diffusion("qwen-image-edit-2509", f"{QWEN_EDIT}-2509", "qwen_edit", 28.8, 8, SEVERAL, Defaults(steps=40)),
+    _diffusion("qwen-image-edit-2511", f"{QWEN_EDIT}-2511", "qwen_edit", 28.8, 8, SEVERAL, Defaults(steps=40)),
+    _diffusion("flux.1-kontext-dev", f"{FLUX}-Kontext-dev", "flux_kontext", 16.9, 5, f"edits one picture; {GATED}"),
+    _diffusion("flux.2-dev", f"{FLUX2}-dev", "flux2", 56.1, 5, f"from text, or edits pictures; {GATED}"),
+    _diffusion(
+        "flux.2-klein-4b",
+        f"{FLUX2}-klein-4B",
+        "flux2",
+        8.0,
+        5,
+        "from text, or edits pictures; distilled",
+        Defaults(steps=4, guidance_scale=1.0),
+    ),
 )
 
 KNOWN: dict[str, KnownModel] = {model.name: model for model in _CATALOGUE}
 """Every known model by its name, in the order in which they are listed."""
 
 
-def resolve(name: str, *, dtype: str = "auto", download: bool = True) -> Model:
-    """The model that a name, a folder or a repository (`org/name`) means, complete on the disk.
+def resolve(name: str, *, dtype: str = "auto", download: bool = True, judge: JudgeSettings | None = None) -> Model:
+    """The model that a name, a folder or a repository (`org/name`) means, complete on the disk; or the judge, asked as
+    `judge` says.
 
     A known name wins over a folder of the same name (write `./NAME` for that), a folder over a repository. Downloads if
     need be, unless `download` is False or `HF_HUB_OFFLINE` is set. Raises `InputError` when there is no such model, it
     cannot be had, or its folder lacks files.
     """
+    if judges.is_judge(name):
+        spec = judges.resolve(name, judge or JudgeSettings(), dtype=dtype, download=download)
+        return _model(spec, family(spec.family), None)
     known = KNOWN.get(name)
     if known and known.runner == "fake":
         spec = ModelSpec(name, "", known.runner, known.family, f"fake/{dtype}", dtype, known.memory)
@@ -125,9 +142,9 @@ def resolve(name: str, *, dtype: str = "auto", download: bool = True) -> Model:
     if gap := _gap(folder, index):
         raise InputError(f"model {name!r}: {folder} is incomplete, it lacks {gap}; copy or download it again")
     chosen = family_for(index["_class_name"])
-    revision = f"{folder_revision(folder)}/{dtype}"
+    content = f"{folder_revision(folder)}/{dtype}"
     memory = known.memory if known else _memory(folder, index)
-    spec = ModelSpec(name, str(folder.absolute()), "diffusion", chosen.name, revision, dtype, memory)
+    spec = ModelSpec(name, str(folder.absolute()), "diffusion", chosen.name, content, dtype, memory)
     return _model(spec, chosen, known)
 
 
@@ -160,33 +177,7 @@ def _locate(name: str, download: bool) -> tuple[Path, KnownModel | None]:
 
 def _from_hub(repo: str, download: bool) -> Path:
     """The folder of the repository's snapshot: the cached one if it is complete, else a downloaded one."""
-    from huggingface_hub import constants, errors
-
-    cache = constants.HF_HUB_CACHE
-    get = f"get it with `hf download {repo}`, or give a folder"
-    try:
-        folder = _snapshot(repo, offline=True)
-        gap = _gap(folder, _read_index(folder))
-        state = f"in the cache {cache} it is incomplete (it lacks {gap})"
-    except errors.HFValidationError as error:
-        raise InputError(f"model {repo!r} is no name of a repository: {_line(error)}") from error
-    except errors.LocalEntryNotFoundError:
-        gap, state = "everything", f"it is no folder, and not (or not wholly) in the cache {cache}"
-    if not gap:
-        return folder
-    if constants.HF_HUB_OFFLINE or not download:
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "none was asked for"
-        raise InputError(f"model {repo!r}: {state}, and nothing is downloaded ({why}); {get}")
-    try:
-        return _snapshot(repo, offline=False)
-    except errors.GatedRepoError as error:
-        raise InputError(
-            f"model {repo!r}: {state}, and the hub asks for consent first; accept its licence at "
-            f"https://huggingface.co/{repo}, log in with `hf auth login`, then {get}"
-        ) from error
-    # RuntimeError is what the hub's transfer library raises when the network fails
-    except (errors.HTTPError, errors.EntryNotFoundError, errors.XetDownloadError, OSError, RuntimeError) as error:
-        raise InputError(f"model {repo!r}: {state}, and the download failed ({_line(error)}); {get}") from error
+    return hub.folder(repo, download, _snapshot, lambda folder: _gap(folder, _read_index(folder)))
 
 
 def _snapshot(repo: str, offline: bool) -> Path:
@@ -197,10 +188,6 @@ def _snapshot(repo: str, offline: bool) -> Path:
     wanted = [INDEX, *(f"{name}/*{suffix}" for name in _components(index) for suffix in SUFFIXES)]
     unwanted = [f"*.{variant}{end}" for variant in VARIANTS for end in (".*", "-*")]
     return Path(snapshot_download(repo, local_files_only=offline, allow_patterns=wanted, ignore_patterns=unwanted))
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -215,7 +202,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"model folder {folder} has no {INDEX}; give the folder of a pipeline in diffusers format"
         ) from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{place} does not read ({_line(error)}); copy or download the model again") from error
+        raise InputError(f"{place} does not read ({hub.line(error)}); copy or download the model again") from error
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise InputError(f"{place} names no pipeline class of diffusers; pipelines with code of their own are not run")
     return index
@@ -261,37 +248,5 @@ def _memory(folder: Path, index: dict[str, Any]) -> int:
 
 
 def folder_revision(folder: Path) -> str:
-    """A sha256 in hex over what loading reads of a pipeline folder: the same wherever a copy of it lies.
-
-    Folders under 64 MiB and files under 1 MiB count whole. Of a larger file count its size, both ends, 64 spread
-    samples and, of safetensors, the header and a sample from the middle of each tensor: training changes them all.
-    """
-    paths = list(_files(folder, _read_index(folder)))
-    sizes = [path.stat().st_size for path in paths]
-    whole = sum(sizes) < SMALL_FOLDER
-    total = hashlib.sha256()
-    for path, size in zip(paths, sizes, strict=True):
-        digest = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
-            for offset, length in [(0, size)] if whole or size < SMALL_FILE else _samples(file.fileno(), path, size):
-                digest.update(os.pread(file.fileno(), length, offset))
-        total.update(f"{path.relative_to(folder).as_posix()}\0{size}\0{digest.hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
-def _samples(file: int, path: Path, size: int) -> list[tuple[int, int]]:
-    """Places (offset, bytes) of a large file that stand for all of it."""
-    places = [(0, EDGE), (size - EDGE, EDGE)]
-    places += [((size - SAMPLE) * number // (SAMPLES - 1), SAMPLE) for number in range(SAMPLES)]
-    if path.suffix != ".safetensors":
-        return places
-    header = int.from_bytes(os.pread(file, 8, 0), "little")
-    if header > min(MAX_HEADER, size - 8):
-        return places  # no safetensors file: the loader will refuse it
-    places.append((8, header))
-    try:
-        tensors = json.loads(os.pread(file, header, 8))
-        spans = [entry["data_offsets"] for name, entry in tensors.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return places
-    return places + [(8 + header + max(start, (start + end - SAMPLE) // 2), SAMPLE) for start, end in spans]
+    """A sha256 in hex over what loading reads of a pipeline folder: the same wherever a copy of it lies."""
+    return revision.of_files(folder, _files(folder, _read_index(folder)))

@@ -68,9 +68,14 @@ class WorkerView:
 
 @dataclass(slots=True)
 class Tally:
-    """The counts behind every display. `done` counts this run's own; `resumed` what an earlier run had made."""
+    """The counts behind every display. `done` counts this run's own; `resumed` what an earlier run had made.
+
+    `stage` goes before the line, and `unit` is what one task gives.
+    """
 
     total: int | None = None
+    stage: str = ""
+    unit: str = "picture"
     done: int = 0
     failed: int = 0
     resumed: int = 0
@@ -102,10 +107,10 @@ class Tally:
             parts.append(f"{self.failed} failed")
         rate, left = self.rate(), self.left()
         if rate:
-            parts.append(f"{rate:.1f} pictures/s" if rate >= 0.95 else f"{1 / rate:.1f} s a picture")
+            parts.append(f"{rate:.1f} {self.unit}s/s" if rate >= 0.95 else f"{1 / rate:.1f} s a {self.unit}")
         if left is not None and left >= 1:
             parts.append(f"{duration(left)} left")
-        return ", ".join(parts)
+        return f"{self.stage} " * bool(self.stage) + ", ".join(parts)
 
 
 def duration(seconds: float) -> str:
@@ -126,12 +131,13 @@ def _printable(text: str) -> str:
 class Silent:
     """Counts and shows nothing: for the library."""
 
-    def __init__(self) -> None:
-        self.tally = Tally()
+    def __init__(self, stage: str = "", unit: str = "picture") -> None:
+        self.tally = Tally(stage=stage, unit=unit)
 
     def begin(self, total: int | None, labels: Mapping[int, str]) -> None:
         """Start counting."""
-        self.tally = Tally(total=total, workers={number: WorkerView(label) for number, label in labels.items()})
+        views = {number: WorkerView(label) for number, label in labels.items()}
+        self.tally = Tally(total=total, stage=self.tally.stage, unit=self.tally.unit, workers=views)
 
     def note(self, text: str) -> None:
         """Say nothing."""
@@ -187,8 +193,10 @@ class Silent:
 class Plain(Silent):
     """One line every few seconds, for logs and pipes."""
 
-    def __init__(self, out: TextIO | None = None, interval: float = PLAIN_INTERVAL) -> None:
-        super().__init__()
+    def __init__(
+        self, out: TextIO | None = None, interval: float = PLAIN_INTERVAL, *, stage: str = "", unit: str = "picture"
+    ) -> None:
+        super().__init__(stage, unit)
         self._out = out or sys.stderr
         self._interval = interval
         self._last = time.monotonic()
@@ -231,8 +239,8 @@ class Plain(Silent):
 class Terminal(Silent):
     """One line over all and one a worker, redrawn in place."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, stage: str = "", unit: str = "picture") -> None:
+        super().__init__(stage, unit)
         from rich.console import Console
         from rich.live import Live
 
@@ -282,8 +290,8 @@ class Terminal(Silent):
         print(self.tally.line(), file=sys.stderr)
 
 
-def create(*, quiet: bool = False) -> Progress:
-    """The display that fits standard error."""
+def create(*, quiet: bool = False, stage: str = "", unit: str = "picture") -> Progress:
+    """The display that fits standard error; `stage` goes before its counts, `unit` is what they count."""
     if quiet:
-        return Silent()
-    return Terminal() if sys.stderr.isatty() else Plain()
+        return Silent(stage, unit)
+    return Terminal(stage, unit) if sys.stderr.isatty() else Plain(stage=stage, unit=unit)

@@ -35,11 +35,12 @@ class Lora:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One picture (or `num_images` of them) that a user asks for. Names are those of diffusers.
+    """One picture (or `num_images` of them, or one judge's answer) that a user asks for. Names are those of diffusers.
 
     `None` means: the run's or the model's default. `width` and `height` are pixels of the output. `images` are paths
-    of the pictures to edit. `output_path` is relative to the output folder. `metadata` holds every column that
-    imagemill does not know; it travels to the results unchanged.
+    of the pictures to edit, or to judge. `output_path` is relative to the output folder. `system_prompt` is for judges,
+    which answer in text and have neither size nor steps. `metadata` holds every column that imagemill does not know; it
+    travels to the results unchanged.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Task:
     output_path: str | None = None
     num_images: int = 1
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    system_prompt: str | None = None
 
 
 # --- what is decided before a run -------------------------------------------------------------------------------------
@@ -78,7 +80,8 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTask:
-    """A task of which everything is known: no field that the picture depends on is `None`, and it stands for one picture.
+    """A task of which everything is known: no field that its result depends on is open, and it stands for one picture, or
+    for one answer; then it has no size.
 
     `fingerprint` is the sha256 (hex) over all that determines the picture. `output_path` of the task is final.
     """
@@ -93,7 +96,8 @@ class ModelSpec:
     """A model that a worker can load: where it is, what kind it is, and which code revision of it.
 
     `runner` names a file of `runners/`, `family` one of `families/` (empty: found by the pipeline's `_class_name`).
-    `revision` goes into fingerprints. `memory` is the need in bytes of device memory, 0 when unknown.
+    `revision` goes into fingerprints. `memory` is the need in bytes of device memory, 0 when unknown. `options` are what
+    a judge is asked with; those that its answers depend on are part of its revision. No secret is among them.
     """
 
     name: str
@@ -103,6 +107,7 @@ class ModelSpec:
     revision: str = ""
     dtype: str = "auto"
     memory: int = 0
+    options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +172,18 @@ class WorkOrder:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
-    """A picture that a worker has made, checked and written to a temporary file beside its place.
+class Answer:
+    """What a judge said: its text as it came, and how many tokens it generated (0 where nothing counts them)."""
 
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """A picture that a worker has made, checked and written to a temporary file beside its place; or a judge's answer.
+
+    With an `answer` there is no file: width, height and bytes are 0, the paths empty, and the ledger alone keeps it.
     `temporary` and `path` are relative to the sink's folder and empty for the sink `none`. `seconds` maps a stage
     (`encode`, `denoise`, `decode`, `save`) to its share of this task. `flags` holds remarks such as `black` or
     `constant`. `peak_memory` is in bytes on the device.
@@ -187,6 +201,7 @@ class Receipt:
     seconds: Mapping[str, float] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     peak_memory: int = 0
+    answer: Answer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +253,13 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        """True when the picture is there."""
+        """True when the picture, or the answer, is there."""
         return self.state == "done"
+
+    @property
+    def answer(self) -> Answer | None:
+        """What a judge said; None for a picture and for a failure."""
+        return self.receipt.answer if self.receipt else None
 
 
 # --- events: facts that go to the scheduler ---------------------------------------------------------------------------

@@ -18,12 +18,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from imagemill import picture, runners, sinks, wire
 from imagemill.errors import BadOutput, StoreFailed, classify
 from imagemill.records import (
     SEMANTICS_VERSION,
+    Answer,
     BatchEnded,
     Event,
     Failure,
@@ -45,6 +47,9 @@ BEAT_INTERVAL = 0.05
 
 PARENT_CHECK = 2.0
 """Seconds between two looks at the parent's pid."""
+
+MAX_ANSWER = 200_000
+"""Characters of a judge's answer; 64 of them fit into one frame."""
 
 log = logging.getLogger("imagemill.worker")
 
@@ -159,6 +164,8 @@ class Worker:
         if result.error is not None:
             raise result.error
         image, task = result.image, planned.task
+        if task.width is None:
+            return self._answered(result, attempt, runner)
         if image is None:
             raise BadOutput("the runner gave neither picture nor error")
         if image.size != (task.width, task.height):
@@ -184,6 +191,21 @@ class Worker:
             flags=picture.flags(image),
             peak_memory=self._peak,
         )
+
+    def _answered(self, result: Result, attempt: int, runner: Runner) -> Receipt:
+        """The receipt of a judge's answer: it travels whole, and nothing is stored."""
+        if result.answer is None or result.image is not None:
+            raise BadOutput("the runner gave no answer to a task that asks for one")
+        self._memory(runner)
+        made = Receipt(result.seq, attempt, 0, 0, batch_size=result.batch_size, seconds=result.seconds)
+        return replace(made, peak_memory=self._peak, answer=_plain(result.answer))
+
+
+def _plain(answer: Answer) -> Answer:
+    """The answer as any file can hold it. Raises `BadOutput` when it is longer than the ledger takes."""
+    if len(answer.text) > MAX_ANSWER:
+        raise BadOutput(f"the answer has {len(answer.text):,} characters; at most {MAX_ANSWER:,} are taken")
+    return replace(answer, text=answer.text.encode("utf-8", "replace").decode())
 
 
 def _failure(error: Exception, seq: int, attempt: int) -> Failure:

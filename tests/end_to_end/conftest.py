@@ -279,14 +279,8 @@ def descendants() -> Callable[[], set[int]]:
 
 
 @pytest.fixture(scope="session")
-def make_lora(root: Path) -> Callable[..., Path]:
+def make_lora() -> Callable[..., Path]:
     """Writes an adapter that fits the embedded model: `make_lora(path, seed=1)`."""
-    import importlib.util
+    import random_lora
 
-    script = root / "scripts" / "make_tiny.py"
-    spec = importlib.util.spec_from_file_location("make_tiny_for_end_to_end", script)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.make_lora  # type: ignore[no-any-return]
+    return random_lora.make_lora

@@ -26,6 +26,7 @@ NAMES = {
     "ImagemillError": "class",
     "InputError": "class",
     "Lora": "class",
+    "MultiGPUImageEditor": "class",
     "MultiGPUImageGenerator": "class",
     "Outcome": "class",
     "RunOptions": "class",
@@ -64,11 +65,18 @@ SIGNATURES = {
     "Engine.close": ["self"],
     "Engine.drain": ["self"],
     "Engine.cancel": ["self"],
+    "MultiGPUImageEditor": [
+        *("device_ids", "model_name", "enable_batch_sync", "num_inference_steps", "true_cfg_scale", "settings"),
+    ],
+    "MultiGPUImageEditor.batch_edit": [
+        *("self", "images", "instructions", "enable_batch_sync", "on_error", "seed", "fields"),
+    ],
+    "MultiGPUImageEditor.close": ["self"],
     "MultiGPUImageGenerator": ["num_gpus", "gpu_ids", "output_dir", "settings"],
     "MultiGPUImageGenerator.generate_batch": ["self", "tasks"],
     "MultiGPUImageGenerator.close": ["self"],
     "RunOptions": [
-        *("limit", "skip_bad", "retry", "rerun_changed", "overwrite", "ledger", "prompt_column"),
+        *("limit", "skip_bad", "retry", "rerun_changed", "overwrite", "ledger", "prompt_column", "again"),
     ],
     "RunReport": [
         *("folder", "done", "failed", "pending", "resumed", "skipped", "seconds", "status", "message", "exit_code"),
@@ -76,7 +84,7 @@ SIGNATURES = {
     ],
     "Task": [
         *("id", "prompt", "negative_prompt", "images", "model", "width", "height", "steps", "guidance_scale"),
-        *("true_cfg_scale", "seed", "loras", "output_path", "num_images", "metadata"),
+        *("true_cfg_scale", "seed", "loras", "output_path", "num_images", "metadata", "system_prompt"),
     ],
     "Lora": ["path", "strength", "digest"],
     "Outcome": [
@@ -115,6 +123,12 @@ PLAN = {
 OPTIONS = {
     "run": {"SOURCE", *PLAN, "--isolate", "--no-metadata", "--dry-run", "--quiet"},
     "plan": {"SOURCE", *PLAN},
+    "eval": {
+        *("SOURCE", "--edit-model", "--judge", "--base-url", "--categories", "--limit", "--out", "--lang", "--rubric"),
+        *("--controls", "--min-coverage", "--steps", "--seed", "--schedule", "--gpus", "--gpu-ids", "--device"),
+        *("--workers", "--rejudge", "--retry-failed", "--rerun-changed", "--dry-run", "--quiet"),
+    },
+    "compare": {"FIRST", "SECOND", "--json"},
     "report": {"FOLDER"},
     "models": set(),
     "doctor": set(),
@@ -171,14 +185,14 @@ def test_importing_the_package_imports_next_to_nothing() -> None:
     assert not found & {*HEAVY, "pydantic", "yaml", "typer", "rich"}
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("--version",)])
+@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("eval", "--help"), ("--version",)])
 def test_help_imports_no_library_that_takes_long(arguments: tuple[str, ...]) -> None:
     found = imported("-m", "imagemill.cli", *arguments)
     assert "typer" in found
     assert not found & {*HEAVY, "yaml"}  # typer itself may import pydantic
 
 
-@pytest.mark.parametrize("name", ["engine", "generator", "worker", "runners.diffusion"])
+@pytest.mark.parametrize("name", ["engine", "generator", "editor", "worker", "runners.diffusion"])
 def test_no_module_of_the_package_costs_torch(name: str) -> None:
     assert not imported("-c", f"import imagemill.{name}") & {"torch", "diffusers", "transformers", "ray", "pyarrow"}
 
@@ -186,8 +200,8 @@ def test_no_module_of_the_package_costs_torch(name: str) -> None:
 # --- which room may know which ----------------------------------------------------------------------------------------
 
 WORDS = {"records", "errors"}
-CORE = {"plan", "schedule", "retry", "policies", "backlog", "simulate"}
-EDGES = {"api", "cli", "server", "scoring", "report", "doctor", "listing", "forecast"}
+CORE = {"plan", "canvas", "schedule", "retry", "policies", "backlog", "simulate"}
+EDGES = {"api", "cli", "cli_eval", "server", "scoring", "report", "doctor", "listing", "forecast"}
 HOSTS = {"torch", "diffusers", "transformers", "ray"}
 HOST_ROOMS = ("imagemill.runners.", "imagemill.families.", "imagemill.executors.ray")
 IMPURE = {

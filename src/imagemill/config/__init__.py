@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from imagemill.config.file import load_settings, merge
 from imagemill.config.keywords import settings_from
-from imagemill.config.settings import DeviceSettings, LimitSettings, LoggingSettings, OutputSettings, Settings
+from imagemill.config.settings import (
+    DeviceSettings,
+    JudgeSettings,
+    LimitSettings,
+    LoggingSettings,
+    OutputSettings,
+    Settings,
+)
 from imagemill.config.values import Schedule, parse_lora, parse_schedule, parse_size
 
 __all__ = [
     "DeviceSettings",
+    "JudgeSettings",
     "LimitSettings",
     "LoggingSettings",
     "OutputSettings",

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from imagemill.config.settings import Settings
 from imagemill.config.wording import field_path, message, shown
 from imagemill.errors import ConfigError, InputError
-from imagemill.inputs import local_path
+from imagemill.inputs import lora_path
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -29,7 +29,7 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
     Raises `ConfigError` with one line for each mistake: file, line or field path, value, mend.
     """
     place = Path(path)
-    data = _read_yaml(place)
+    data = read_yaml(place)
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -75,7 +75,7 @@ def _named(data: dict[Any, Any], place: Path) -> dict[str, Any]:
 
 def _local_loras(settings: Settings, base: Path | None, place: str) -> Settings:
     try:
-        loras = tuple(replace(lora, path=local_path(lora.path, base)) for lora in settings.loras)
+        loras = tuple(replace(lora, path=lora_path(lora.path, base)) for lora in settings.loras)
     except InputError as error:
         raise ConfigError(f"{place}: {error}") from error
     return settings.model_copy(update={"loras": loras}) if settings.loras else settings
@@ -120,7 +120,7 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _keys(field.annotation, f"{prefix}{name}.")
 
 
-def _read_yaml(place: Path) -> Any:
+def read_yaml(place: Path) -> Any:
     import yaml
 
     text = _text(place)

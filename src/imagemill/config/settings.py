@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from imagemill.config.values import Loras, Schedule, Size, as_gpus, as_schedule, as_tuple
+from imagemill.config.values import Loras, Schedule, Size, as_base_url, as_gpus, as_schedule, as_tuple, as_variable
 from imagemill.plan import MAX_SEED, MAX_STEPS
 
 Scale: TypeAlias = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
@@ -61,6 +61,23 @@ class LimitSettings(_Section):
     read_ahead: Count = 1024
 
 
+class JudgeSettings(_Section):
+    """How a judge is asked. `pixels` is the most a picture has when a model sees it; it is never enlarged.
+
+    `batch_size: null` takes as many tasks as free memory holds. The rest is for `judge:openai:MODEL`: `base_url` such as
+    `http://localhost:8000/v1`, `api_key_env` the environment variable that holds the key, `concurrency` how many requests
+    of the whole run are under way at once, `timeout` seconds without a sign of the endpoint.
+    """
+
+    batch_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=32_768)] = 512
+    pixels: Annotated[int, Field(ge=4096, le=67_108_864)] = 1_048_576
+    base_url: Annotated[str, AfterValidator(as_base_url)] | None = None
+    api_key_env: Annotated[str, AfterValidator(as_variable)] = "OPENAI_API_KEY"
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    timeout: Seconds = 120.0
+
+
 class LoggingSettings(_Section):
     """What is logged and where. `folder: null` is `logs/` inside the output folder."""
 
@@ -69,7 +86,10 @@ class LoggingSettings(_Section):
 
 
 class Settings(_Section):
-    """All settings of a run. A model of `None` is the embedded one; `model_fields_set` tells what was given."""
+    """All settings of a run. A model of `None` is the embedded one; `model_fields_set` tells what was given.
+
+    `dtype` is what models compute in; `auto` is bfloat16 on GPUs and float32 on the CPU.
+    """
 
     model: Annotated[str, Field(min_length=1)] | None = None
     devices: DeviceSettings = DeviceSettings()
@@ -82,6 +102,8 @@ class Settings(_Section):
     loras: Loras = ()
     schedule: Annotated[Schedule, BeforeValidator(as_schedule)] = Schedule()
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 1
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     output: OutputSettings = OutputSettings()
     limits: LimitSettings = LimitSettings()
+    judge: JudgeSettings = JudgeSettings()
     logging: LoggingSettings = LoggingSettings()

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -119,6 +120,24 @@ def as_gpus(value: Any) -> Any:
     if value == "auto" or (type(value) is int and 1 <= value <= 4096):
         return value
     raise ValueError(f"{shown(value)} is no number of GPUs; write auto or a whole number from 1")
+
+
+def as_base_url(value: str) -> str:
+    """The address of an endpoint without a slash at its end; it must hold no user name, password, key or fragment."""
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{shown(value)} is no address; write such as http://localhost:8000/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        # Not shown: what stands there may be a key.
+        raise ValueError("the address holds more than host and path; a key belongs into the variable of api_key_env")
+    return value.rstrip("/")
+
+
+def as_variable(value: str) -> str:
+    """The name of an environment variable in capitals, as such names are: what is none may be the key itself."""
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+        raise ValueError("is no name of an environment variable; write the name in capitals, such as OPENAI_API_KEY")
+    return value
 
 
 def as_path(value: Any) -> Any:

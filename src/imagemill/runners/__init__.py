@@ -1,7 +1,7 @@
-"""Runners: what turns a work order into pictures inside a worker. Each is one file, found by its name.
+"""Runners: what turns a work order into pictures or answers inside a worker. Each is one file, found by its name.
 
-A runner never writes a file and never decides about retries: it yields one `Result` a task, with the picture or with
-the error of that task alone.
+A runner never writes a file and never decides about retries: it yields one `Result` a task, with the picture, the answer
+or the error of that task alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Protocol
 
 from imagemill.errors import BadModel, TaskError
-from imagemill.records import ModelSpec, WorkOrder
+from imagemill.records import Answer, ModelSpec, WorkOrder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,10 +28,11 @@ class Cancelled(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one task: exactly one of `image` and `error` is there. `seconds` maps stages to seconds."""
+    """What became of one task: exactly one of `image`, `answer` and `error` is there. `seconds` maps stages to seconds."""
 
     seq: int
     image: Image | None = None
+    answer: Answer | None = None
     error: TaskError | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     batch_size: int = 1

@@ -1,7 +1,8 @@
 """The runner that every test of the machinery uses: deterministic pictures, scripted trouble, no torch.
 
-The picture of a task is a function of its fingerprint and size alone. A task's `metadata["fake"]` scripts what happens;
-where several are named, the order is: oom, crash, hang, delay, fail, nan, then the picture.
+The picture of a task is a function of its fingerprint and size alone. Pictures to edit are read as any runner reads them,
+and count through the fingerprint. A task's `metadata["fake"]` scripts what happens; where several are named, the order
+is: oom, crash, hang, delay, the pictures to edit, fail, nan, then the picture or the answer.
 
     {"delay": 0.5}              seconds, spread over the task's steps; beats at each step and at least every 50 ms
     {"fail": "transient"}       fails with this kind; `oom` and `worker_lost` end the batch, others the task alone
@@ -13,6 +14,7 @@ where several are named, the order is: oom, crash, hang, delay, fail, nan, then 
     {"oom": 2}                  out of memory for the whole batch when it has 2 tasks or more
     {"nan": true}               a bad output, as of a model that gave NaN
     {"black": true}             a black picture
+    {"answer": "Score: 8"}      what the judge `judge:fake` says; without it, a score that the fingerprint gives
 
 Loading is scripted by the environment variable `IMAGEMILL_FAKE_LOAD`, a JSON object:
 
@@ -32,9 +34,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from imagemill.errors import TASK_ERRORS, BadOutput, OutOfMemory, TaskError
-from imagemill.plan import adapters_need
-from imagemill.records import LABEL_VARIABLE, ModelSpec, PlannedTask, Task, WorkOrder
-from imagemill.runners import Beat, Result
+from imagemill.plan import adapters_need, shape_need
+from imagemill.records import LABEL_VARIABLE, Answer, ModelSpec, PlannedTask, Task, WorkOrder
+from imagemill.runners import Beat, Result, references
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -92,10 +94,11 @@ class FakeRunner:
                 raise OutOfMemory(f"scripted: out of memory with {size} tasks in the batch")
         self._adapters = adapters_need(order.tasks[0].task.loras)
         for planned, attempt in zip(order.tasks, order.attempts, strict=True):
-            self._shape = f"shape:{planned.task.width}x{planned.task.height}"
-            yield self._result(planned, attempt, size, beat)
+            self._shape = shape_need(planned.task)
+            yield self._result(planned, attempt, order, beat)
 
-    def _result(self, planned: PlannedTask, attempt: int, size: int, beat: Beat) -> Result:
+    def _result(self, planned: PlannedTask, attempt: int, order: WorkOrder, beat: Beat) -> Result:
+        size = len(order.tasks)
         seq, task, script = planned.ticket.seq, planned.task, script_of(planned.task)
         if scripted(script, "crash", attempt):
             crash(script["crash"])
@@ -105,6 +108,7 @@ class FakeRunner:
         steps = task.steps or 1
         wait(script.get("delay", 0.0), steps, lambda step: beat("denoise", seq, step, steps))
         try:
+            references.read(planned, order.model)
             if scripted(script, "fail", attempt):
                 raise TASK_ERRORS[script["fail"]](f"scripted: {script['fail']} in attempt {attempt}")
             if script.get("nan"):
@@ -113,6 +117,9 @@ class FakeRunner:
             if error.kind in BATCH_KINDS:
                 raise
             return Result(seq, error=error, batch_size=size)
+        if order.model.family == "judge":
+            answer = answer_to(planned, script)
+            return Result(seq, answer=answer, seconds={"judge": time.monotonic() - started}, batch_size=size)
         image = picture(planned, black=bool(script.get("black")))
         return Result(seq, image=image, seconds={"denoise": time.monotonic() - started}, batch_size=size)
 
@@ -159,6 +166,12 @@ def picture(planned: PlannedTask, black: bool = False) -> Image:
         return Image.new("RGB", size)
     colours = hashlib.sha384(planned.fingerprint.encode()).digest()
     return Image.frombytes("RGB", (4, 4), colours).resize(size, Image.Resampling.NEAREST)
+
+
+def answer_to(planned: PlannedTask, script: Mapping[str, Any]) -> Answer:
+    """The scripted text, else a score from 0 to 10 that the fingerprint gives; its words are counted as tokens."""
+    text = str(script["answer"]) if "answer" in script else f"Score: {int(planned.fingerprint, 16) % 11}"
+    return Answer(text, len(text.split()))
 
 
 def wait(seconds: float, steps: int, on_step: Any) -> None:

@@ -1,0 +1,13 @@
+"""The judge of what an edit left alone: PSNR, SSIM and L1 of the edit against its source. No model.
+
+The images of a task are (edit, source[, mask]). White in the mask is what was to be edited.
+"""
+
+from __future__ import annotations
+
+from imagemill.runners.judge_metrics import MetricsRunner
+
+
+def create(device: str, threads: int) -> MetricsRunner:
+    """The runner; it computes on the CPU whatever the device."""
+    return MetricsRunner("source")
