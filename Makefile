@@ -39,11 +39,12 @@ $(READY): pyproject.toml constraints.txt $(MOVED)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@printf '%s\n' '$(CURDIR)' > $@
 
-demo: $(READY) ## run the examples with the embedded model
-	@$(BIN)/imagemill run examples/tweets.json --out demo/tweets --workers 2 --size 64x64 --steps 2
-	@$(BIN)/imagemill run examples/prompts.jsonl --out demo/prompts --workers 2 --steps 2
+demo: $(READY) ## run the examples with the embedded models
+	@$(BIN)/imagemill run examples/tweets.json --out demo/tweets --workers 2
+	@$(BIN)/imagemill run examples/prompts.jsonl --out demo/prompts --workers 2
+	@$(BIN)/imagemill eval examples/bench_tiny/bench.jsonl --edit-model tiny-edit --judge reference --out demo/eval --workers 2
 	@echo
-	@for folder in demo/tweets demo/prompts; do \
+	@for folder in demo/tweets demo/prompts demo/eval; do \
 	  echo "Pictures: $(CURDIR)/$$folder ($$(find $$folder -name '*.png' -not -name '.*' | wc -l | tr -d ' ') files)"; \
 	  echo "Report:   $(CURDIR)/$$folder/report.html"; \
 	done
