@@ -121,6 +121,7 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def read_yaml(place: Path) -> Any:
+    """What a YAML file holds; a key that stands twice is refused. Raises `ConfigError` with the place."""
     import yaml
 
     text = _text(place)
