@@ -88,7 +88,7 @@ _CATALOGUE = (
     _diffusion(
         "tiny", "", "z_image", 0.01, 1, "embedded: random weights, pictures of noise", Defaults(128, 128, 8, 0.0)
     ),
-    _diffusion("tiny-edit", "", "flux2", 0.01, 1, "embedded: edits small pictures by instruction", Defaults(128, 128, 4, 1.0)),
+    _diffusion("tiny-edit", "", "flux2", 0.01, 1, "embedded: edits small pictures", Defaults(128, 128, 4, 1.0)),
     KnownModel("fake", "", "fake", "fake", 0.0, 0, "no model: test pictures, with scripted delays and failures"),
     _diffusion("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo", "z_image", 10.3, 3),
     _diffusion("qwen-image", "Qwen/Qwen-Image", "qwen_image", 28.8, 6, "two passes a step"),
