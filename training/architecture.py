@@ -119,8 +119,8 @@ def z_image() -> Any:
 def settle_time(transformer: Any) -> None:
     """Make Z-Image's time embedding a fixed, centred feature of root mean square 0.6, which training leaves alone.
 
-    Adam moves its 1,024 hidden units in step, whatever their gradient's size: within hundreds of steps the embedding
-    reached 70, every scale and gate with it, and nothing was learnt.
+    Adam moves its 1,024 hidden units in step, whatever their gradient's size: after 3,000 steps its values
+    were 860, every scale and gate had followed, and nothing was learnt.
     """
     embedder = transformer.t_embedder
     with torch.no_grad():
