@@ -12,9 +12,12 @@ All but `vlm` and `fake` do without a GPU.
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from imagemill import vision_language
 from imagemill.config.settings import JudgeSettings
@@ -38,6 +41,8 @@ WAVES = 2
 Options: TypeAlias = Mapping[str, str | int | float | bool]
 ON_CPU = ("judge_reference", "judge_preservation", "judge_openai")
 """Runners that need no GPU."""
+
+REACH_SECONDS = 10.0
 
 ANSWERS_HANG_ON = ("model", "pixels", "max_new_tokens")
 """The options that answers depend on. How many are asked at once, where and with which key makes no other judge."""
@@ -65,6 +70,25 @@ def resolve(name: str, settings: JudgeSettings, *, dtype: str, download: bool) -
         case ("openai", _, model) if model:
             return _spec(name, kind, "judge:openai", limits | _endpoint(name, model, settings))
     raise InputError(f"model {name!r} is no judge; known: {KNOWN}")
+
+
+def check_endpoint(spec: ModelSpec) -> None:
+    """Raises `InputError` when a judge's endpoint takes no connection: better now than after hours of editing.
+
+    Behind a proxy nothing is tried, and nothing is sent: whether the model is there, the first question tells.
+    """
+    address = spec.options.get("base_url")
+    place = urlsplit(str(address or ""))
+    host = place.hostname or ""
+    if address is None or (place.scheme in getproxies() and not proxy_bypass(host)):
+        return
+    try:
+        socket.create_connection((host, place.port or (443 if place.scheme == "https" else 80)), REACH_SECONDS).close()
+    except OSError as error:
+        raise InputError(
+            f"the judge's endpoint {address} takes no connection ({error.strerror or error}); "
+            "start it, or correct base_url"
+        ) from error
 
 
 def _endpoint(name: str, model: str, settings: JudgeSettings) -> dict[str, str | int | float | bool]:

@@ -362,6 +362,31 @@ def test_compare_gives_the_paired_difference_with_its_interval(place: Workplace)
     assert {one["name"] for one in found["categories"]} == set(CATEGORIES)
 
 
+def test_compare_warns_when_only_one_judge_saw_the_sources_and_not_of_categories_left_out(place: Workplace) -> None:
+    bench(place)
+    prompts = {name: {"user": "how well?"} for name in CATEGORIES}
+    for out, both in (("one", True), ("other", False)):
+        judge = {"kind": "fake", "compare_with_original": both}
+        settings = {"bench": "items.jsonl", "edit": {"model": "fake"}, "judge": judge, "prompts": prompts}
+        (place.folder / f"{out}.yaml").write_text(json.dumps(settings), "utf-8")
+        assert place("eval", f"{out}.yaml", "--device", "cpu", "--out", out).code == 0
+    ended = place("compare", "one", "other")
+    assert ended.out.count("warning") == 1
+    assert "warning: one judge saw the sources, the other did not" in ended.out
+    assert place("eval", "one.yaml", "--device", "cpu", "--out", "part", "--categories", CATEGORIES[0]).code == 0
+    ended = place("compare", "one", "part")
+    assert "the rubrics differ" not in ended.out
+    assert "warning: the items differ" in ended.out
+
+
+def test_compare_warns_when_a_picture_of_the_benchmark_has_changed(place: Workplace) -> None:
+    bench(place)
+    assert place(*FAKE).code == 0
+    (place.folder / "source1.png").write_bytes((place.folder / "source0.png").read_bytes())
+    assert place(*(part if part != "out" else "other" for part in FAKE)).code == 0
+    assert "warning: the items differ, or what they say or show" in place("compare", "out", "other").out
+
+
 def test_compare_refuses_what_is_no_evaluation_and_unlike_scores(place: Workplace) -> None:
     bench(place, 4)
     assert place(*FAKE).code == 0

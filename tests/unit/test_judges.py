@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,3 +176,15 @@ def test_options_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1234567890")
     assert "sk-1234567890" not in repr(spec("judge:openai:m"))
     assert replace(spec("judge:openai:m"), name="x").options["api_key_env"] == "OPENAI_API_KEY"
+
+
+def test_an_endpoint_that_takes_no_connection_is_told_before_any_edit() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+        spec = ModelSpec("judge:openai:m", "", "judge_openai", options={"base_url": address})
+        with pytest.raises(InputError, match=f"{re.escape(address)} takes no connection"):
+            judges.check_endpoint(spec)
+        free.listen()
+        judges.check_endpoint(spec)
+    judges.check_endpoint(ModelSpec("judge:reference", "", "judge_reference"))

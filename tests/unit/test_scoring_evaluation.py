@@ -94,6 +94,14 @@ def test_a_measuring_judge_gets_the_edit_what_it_is_compared_with_and_the_mask()
     assert tasks_of(settings("reference"), an_item()) == {}
 
 
+def test_an_items_id_is_never_taken_for_the_control_of_another_item() -> None:
+    items = [an_item(name) for name in ("a", "a@source", "a@@source", "a@shuffled", "a@")]
+    for rubric in ("default", "viescore"):
+        config = settings(controls=True, rubric=rubric)
+        count = len(items) * 3 * len(examiner(config, items).questions(items[0]))
+        assert len(tasks_of(config, *items)) == count
+
+
 def test_a_model_gets_source_and_edit_and_the_items_own_questions() -> None:
     task = tasks_of(settings(), an_item(questions=("Is it red?",)))["a"]
     assert task["images"] == ["/in/a.png", "/out/a.png"]

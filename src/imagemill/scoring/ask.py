@@ -48,7 +48,8 @@ def asks(
 
 
 def _ask(item: Item, control: str, picture: str, question: Question, examiner: Examiner) -> Ask:
-    name = item.id + (f"@{control}" if control else "")
+    # Doubled, so that an item called a@source is not taken for the control of the item a.
+    name = item.id.replace("@", "@@") + (f"@{control}" if control else "")
     name += f".{question.name}" if len(examiner.questions(item)) > 1 else ""
     name = name if len(name) <= MAX_NAME else file_stem(name)
     system, user = examiner.prompt(item, question)

@@ -19,7 +19,8 @@ DIFFERS = {
     "judge.model": "the judges differ",
     "judge.revision": "the judges' revisions differ",
     "judge.rubric_revisions": "the rubrics differ",
-    "benchmark.items_sha256": "the items differ, or what they say",
+    "judge.sees_source": "one judge saw the sources, the other did not",
+    "benchmark.items_sha256": "the items differ, or what they say or show",
 }
 """Entries of the manifests, and what it means when they are not equal: the difference is then not of the edits alone."""
 
@@ -66,7 +67,14 @@ def _warnings(one: Run, other: Run) -> Sequence[str]:
     values = [
         (text, *(_entry(run.summary["manifest"], name) for run in (one, other))) for name, text in DIFFERS.items()
     ]
-    return [text for text, mine, yours in values if mine != yours]
+    return [text for text, mine, yours in values if _unlike(mine, yours)]
+
+
+def _unlike(mine: Any, yours: Any) -> bool:
+    """Whether two entries differ. Of those by category, categories that one run alone has pair nothing and do not count."""
+    if isinstance(mine, Mapping) and isinstance(yours, Mapping) and mine and yours:
+        return any(mine[name] != yours[name] for name in mine.keys() & yours.keys())
+    return bool(mine != yours)
 
 
 def _entry(manifest: Mapping[str, Any], name: str) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from imagemill import crew, progress
+from imagemill import crew, judges, progress
 from imagemill.config import Settings
 from imagemill.engine import Engine, RunOptions
 from imagemill.errors import InputError
@@ -124,6 +124,7 @@ class Evaluation:
         stages = stage_settings.editing(self.settings), stage_settings.judging(self.settings)
         # Both before the start: a judge that cannot be had is told before hours of editing.
         editor, judged_by = (crew.find_models(stage).get(None).spec for stage in stages)
+        judges.check_endpoint(judged_by)
         edits = self._edit(items, stages[0])
         if edits is None:
             return EvalReport(self.folder, len(items), stopped=True)

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from imagemill.errors import InputError
+from imagemill.inputs import digest_file
 from imagemill.records import ModelSpec
 from imagemill.scoring import bootstrap, controls, stage_settings
 from imagemill.scoring.books import stage_times
@@ -134,12 +136,23 @@ def _timing(settled: Sequence[Settled], facts: Facts) -> dict[str, Any]:
 
 
 def _digest(settled: Sequence[Settled]) -> str:
-    """sha256 over what the items say: two runs with the same one had the same questions in the same order."""
+    """sha256 over what the items say and show: two runs with the same one had the same questions in the same order."""
     rows = [
-        [one.id, one.category, one.instruction, one.source_caption, one.source, one.seed, list(one.questions)]
+        [
+            *(one.id, one.category, one.instruction, one.source_caption, one.source, one.seed, list(one.questions)),
+            *(_content(path) for path in (one.image, *one.images, one.target, one.mask)),
+        ]
         for one in (row.item for row in settled)
     ]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+
+
+def _content(path: str) -> str:
+    """The sha256 of a picture's file; empty where there is none, or none any more."""
+    try:
+        return digest_file(path) if path else ""
+    except InputError:
+        return ""
 
 
 def _name(bench: str) -> str:
