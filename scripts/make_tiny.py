@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+from bpe import byte_letters, learn_merges  # noqa: E402: found on the path just set
 
 FOLDER = Path(__file__).resolve().parents[1] / "src" / "imagemill" / "assets" / "tiny"
 SEED = 20250101
@@ -168,7 +170,8 @@ def tokenizer() -> Any:
     from transformers import Qwen2Tokenizer
 
     alphabet = byte_letters()
-    merges = learn_merges(alphabet)
+    texts = Counter(form for word in WORDS.split() for form in (word, " " + word))
+    merges = learn_merges(alphabet, texts, MERGES)
     pieces = [*alphabet.values(), *("".join(pair) for pair in merges)]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     tokens = Qwen2Tokenizer(
@@ -182,39 +185,6 @@ def tokenizer() -> Any:
     tokens.add_tokens(list(SPECIAL), special_tokens=True)
     tokens.chat_template = CHAT_TEMPLATE
     return tokens
-
-
-def byte_letters() -> dict[int, str]:
-    """The printable letter that stands for each byte in byte-level BPE (Radford et al. 2019, GPT-2)."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + place) for place, byte in enumerate(rest)}
-
-
-def learn_merges(alphabet: dict[int, str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent pair first, ties by the pair itself: the same list on every machine."""
-    texts = Counter(form for word in WORDS.split() for form in (word, " " + word))
-    words = [([alphabet[byte] for byte in text.encode()], count) for text, count in texts.items()]
-    merges: list[tuple[str, str]] = []
-    while len(merges) < MERGES:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for letters, count in words:
-            for pair in pairwise(letters):
-                pairs[pair] += count
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        for letters, _ in words:
-            join(letters, best)
-    return merges
-
-
-def join(letters: list[str], pair: tuple[str, str]) -> None:
-    """Replace each occurrence of the pair by its concatenation, in place."""
-    place = 0
-    while place < len(letters) - 1:
-        if (letters[place], letters[place + 1]) == pair:
-            letters[place : place + 2] = ["".join(pair)]
-        place += 1
 
 
 if __name__ == "__main__":

@@ -449,11 +449,7 @@ def test_a_mistake_is_one_line_and_starts_nothing(arguments: Sequence[str], text
 # --- real files -------------------------------------------------------------------------------------------------------
 
 
-def test_the_shared_benchmark_ends_in_five_categories_named_in_chinese(
-    place: Workplace, data: Path, root: Path
-) -> None:
-    if not (root / "src/imagemill/assets/tiny-edit/model_index.json").is_file():
-        pytest.skip("needs the embedded model tiny-edit")
+def test_the_shared_benchmark_ends_in_five_categories_named_in_chinese(place: Workplace, data: Path) -> None:
     command = ("eval", data / "edit/bench_270_b64.json", "--edit-model", "tiny-edit", "--judge", "preservation")
     ended = place(*command, "--device", "cpu", "--workers", "2", "--limit", "40", "--steps", "2", "--out", "out")
     assert ended.code == 0, ended.text
@@ -465,8 +461,6 @@ def test_the_shared_benchmark_ends_in_five_categories_named_in_chinese(
 
 
 def test_the_embedded_models_edits_score_above_both_controls(place: Workplace, root: Path) -> None:
-    if not (root / "src/imagemill/assets/tiny-edit/model_index.json").is_file():
-        pytest.skip("needs the embedded model tiny-edit")
     command = ("eval", root / "examples/bench_tiny", "--edit-model", "tiny-edit", "--judge", "reference", "--controls")
     ended = place(*command, "--device", "cpu", "--workers", "2", "--limit", "20", "--out", "out")
     assert ended.code == 0, ended.text
