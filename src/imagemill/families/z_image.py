@@ -15,6 +15,9 @@ from imagemill.families import OnStep, Pictures, Size
 from imagemill.families.generic import generator, refuse_size, step_callback
 from imagemill.plan import Defaults
 from imagemill.records import Task
+from imagemill.runners import z_image_steps
+from imagemill.runners.text_cache import embedded
+from imagemill.runners.z_image_steps import Prepared
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +38,13 @@ ADAPTER_SLOWDOWN = 180 / 153
 
 
 @dataclass(frozen=True, slots=True)
-class Conditioning:
-    """Text embeddings, one tensor (tokens, width) a task; `negative` is empty where no guidance runs."""
+class WholeCall:
+    """For a pipeline whose steps are not those of `z_image_steps`: what its own call takes. Text embeddings, one tensor
+    (tokens, width) a task, `negative` empty where no guidance runs; the noise (batch, channels, height/s, width/s)."""
 
     positive: list[torch.Tensor]
     negative: list[torch.Tensor]
+    latents: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,36 +78,35 @@ class ZImage:
         """It edits no pictures."""
         return ()
 
-    def encode(self, pipe: Any, tasks: Sequence[Task], pictures: Sequence[Pictures]) -> Conditioning:
-        """Prompts to embeddings, padded to the longest of the batch in steps of `BUCKET` instead of to 512 tokens.
+    def encode(self, pipe: Any, tasks: Sequence[Task], pictures: Sequence[Pictures]) -> Prepared | WholeCall:
+        """Prompts to embeddings, and whatever else the steps need from the host: noise, timesteps, positions, masks.
 
-        The encoder is causal and the pad stands to the right, so the shorter pad changes no embedding.
+        May wait for the device. Raises `BadTask` for a size that the model cannot make.
         """
-        prompts = [task.prompt for task in tasks]
-        positive = embed(pipe, prompts)
-        negative = embed(pipe, [task.negative_prompt or "" for task in tasks]) if tasks[0].guidance_scale else []
-        return Conditioning(positive, negative)
+        import torch
 
-    def denoise(self, pipe: Any, tasks: Sequence[Task], conditioning: Conditioning, on_step: OnStep) -> torch.Tensor:
-        """Latents (batch, channels, height/s, width/s) in float32, s being the VAE's down-sampling."""
         first = tasks[0]
         assert first.width and first.height and first.steps, "a planned task has its size and steps"
         refuse_size(pipe, first)
-        (latents,) = pipe(
-            prompt=None,
-            prompt_embeds=list(conditioning.positive),
-            negative_prompt_embeds=list(conditioning.negative),
-            latents=noise(pipe, tasks),
-            height=first.height,
-            width=first.width,
-            num_inference_steps=first.steps,
-            guidance_scale=first.guidance_scale or 0.0,
-            output_type="latent",
-            return_dict=False,
-            callback_on_step_end=step_callback(first.steps, on_step),
-        )
-        result: torch.Tensor = latents
-        return result
+        device, guidance = pipe._execution_device, first.guidance_scale or 0.0
+        with torch.no_grad():
+            positive = embed(pipe, [task.prompt for task in tasks], device)
+            negative = embed(pipe, [task.negative_prompt or "" for task in tasks], device) if guidance > 0 else []
+            latents = z_image_steps.sent(noise(pipe, tasks), device)
+            if z_image_steps.known(pipe):
+                return z_image_steps.prepare(pipe, latents, positive, negative, first.steps, guidance)
+        return WholeCall(positive, negative, latents)
+
+    def denoise(
+        self, pipe: Any, tasks: Sequence[Task], conditioning: Prepared | WholeCall, on_step: OnStep
+    ) -> torch.Tensor:
+        """Latents (batch, channels, height/s, width/s) in float32, s being the VAE's down-sampling.
+
+        Only launches work and never waits for the device, unless the pipeline's own call has to do it.
+        """
+        if isinstance(conditioning, WholeCall):
+            return whole_call(pipe, tasks[0], conditioning, on_step)
+        return z_image_steps.denoise(pipe.transformer, conditioning, on_step)
 
     def decode(self, pipe: Any, tasks: Sequence[Task], latents: torch.Tensor) -> torch.Tensor:
         """One picture at a time: a batch gains no speed here and multiplies the peak of memory."""
@@ -125,15 +129,27 @@ def forward_teraflop(pixels: int) -> float:
     return 0.01323 * tokens + 1.43e-7 * tokens**2
 
 
-def embed(pipe: Any, prompts: list[str]) -> list[torch.Tensor]:
-    """The pipeline's own text encoding, with a shorter pad; a prompt over 512 tokens is cut, with a warning."""
+def embed(pipe: Any, prompts: list[str], device: torch.device) -> list[torch.Tensor]:
+    """One tensor (tokens, width) a prompt, without padding. Those that were encoded before are not encoded again."""
+    return embedded(pipe, prompts, device, lambda missing: encode_prompts(pipe, missing, device))
+
+
+def encode_prompts(pipe: Any, prompts: list[str], device: torch.device) -> list[torch.Tensor]:
+    """The pipeline's own text encoding, all prompts at once, padded to the longest in steps of `BUCKET`, not to 512 tokens.
+
+    The encoder is causal and the pad stands to the right: no token of a prompt attends to it, and its own embeddings are
+    cut off. So neither the shorter pad nor longer prompts beside it change what a prompt means to the transformer. One of
+    over 512 tokens is cut, with a warning.
+    """
     lengths = [token_count(pipe.tokenizer, prompt) for prompt in prompts]
     for prompt, length in zip(prompts, lengths, strict=True):
         if length > MAX_TOKENS:
             log.warning("a prompt has %d tokens, only the first %d are read: %.60r", length, MAX_TOKENS, prompt)
     padded = min(MAX_TOKENS, -(-max(lengths) // BUCKET) * BUCKET)
     # encode_prompt writes over the list it is given
-    positive, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=padded)
+    positive, _ = pipe.encode_prompt(
+        list(prompts), device=device, do_classifier_free_guidance=False, max_sequence_length=padded
+    )
     return list(positive)
 
 
@@ -141,23 +157,42 @@ def token_count(tokenizer: Any, prompt: str) -> int:
     """Tokens of the prompt inside the chat template that the pipeline puts around it."""
     message = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=True)
-    return len(tokenizer(text).input_ids)
+    return len(tokenizer(text, verbose=False).input_ids)
 
 
 def noise(pipe: Any, tasks: Sequence[Task]) -> torch.Tensor:
-    """The starting latents: float32, each task's drawn alone from its own seed on the CPU."""
+    """The starting latents in host memory: float32, each task's drawn alone from its own seed."""
     import torch
 
     unit = pipe.vae_scale_factor
     shapes = [
         (1, pipe.transformer.in_channels, (task.height or 0) // unit, (task.width or 0) // unit) for task in tasks
     ]
-    drawn = [
-        torch.randn(shape, generator=generator(task), dtype=torch.float32)
-        for shape, task in zip(shapes, tasks, strict=True)
-    ]
-    latents: torch.Tensor = torch.cat(drawn).to(pipe._execution_device)
-    return latents
+    return torch.cat(
+        [
+            torch.randn(shape, generator=generator(task), dtype=torch.float32)
+            for shape, task in zip(shapes, tasks, strict=True)
+        ]
+    )
+
+
+def whole_call(pipe: Any, task: Task, given: WholeCall, on_step: OnStep) -> torch.Tensor:
+    """The steps by the pipeline's own call; `task` is any of the batch."""
+    (latents,) = pipe(
+        prompt=None,
+        prompt_embeds=list(given.positive),
+        negative_prompt_embeds=list(given.negative),
+        latents=given.latents,
+        height=task.height,
+        width=task.width,
+        num_inference_steps=task.steps,
+        guidance_scale=task.guidance_scale or 0.0,
+        output_type="latent",
+        return_dict=False,
+        callback_on_step_end=step_callback(task.steps or 0, on_step),
+    )
+    result: torch.Tensor = latents
+    return result
 
 
 FAMILY = ZImage()
