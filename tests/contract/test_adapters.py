@@ -1,9 +1,10 @@
-"""Adapters on the embedded model: exact strengths, an untouched base, and what is refused."""
+"""Adapters on the embedded model, as layers and merged: exact strengths, an untouched base, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,14 +21,32 @@ from imagemill.errors import BadTask
 from imagemill.records import Lora
 from imagemill.runners.adapters import Adapters
 from imagemill.runners.diffusion import DiffusionRunner, create
+from imagemill.runners.merged import Merged
 from random_lora import make_lora
 
 Make = Callable[..., Lora]
+Kind = Callable[..., Adapters | Merged]
+
+
+def layers(runner: DiffusionRunner, **bounds: int) -> Adapters:
+    return Adapters(**bounds)
+
+
+def merged(runner: DiffusionRunner, **bounds: int) -> Merged:
+    return Merged(runner._pipe, **bounds)
+
+
+@pytest.fixture(scope="module", params=[layers, merged])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    made: Kind = request.param
+    return made
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[DiffusionRunner]:
-    yield from loaded()
+def runner(kind: Kind) -> Iterator[DiffusionRunner]:
+    for made in loaded():
+        made.adapters = kind(made)
+        yield made
 
 
 @pytest.fixture
@@ -48,10 +67,10 @@ def base_weights(runner: DiffusionRunner) -> dict[str, Any]:
     return {key.replace(".base_layer", ""): tensor.clone() for key, tensor in state.items() if ".lora_" not in key}
 
 
-def test_base_pictures_and_base_weights_are_bit_identical_after_many_switches(make: Make) -> None:
+def test_base_pictures_and_base_weights_are_bit_identical_after_many_switches(kind: Kind, make: Make) -> None:
     made = create("cpu", 1)
     made.load(SPEC, no_beat)
-    made.adapters = Adapters(max_files=2)
+    made.adapters = kind(made, max_files=2)
     weights, before = base_weights(made), picture(made)
     loras = [make(seed) for seed in (1, 2, 3)]
     for round_number in range(8):
@@ -88,9 +107,10 @@ def test_a_strength_is_exactly_that_multiple_of_the_adapter(runner: DiffusionRun
     assert np.array_equal(picture(runner, make(5, 2.0)), picture(runner, make(5, 1.0, double)))
 
 
-def test_an_adapter_is_switched_only_when_the_set_or_a_strength_changes(make: Make) -> None:
+def test_an_adapter_is_switched_only_when_the_set_or_a_strength_changes(kind: Kind, make: Make) -> None:
     made = create("cpu", 1)
     made.load(SPEC, no_beat)
+    made.adapters = kind(made)
     one, two = make(1), make(2)
     sequence = [(), (one,), (one,), (one, two), (one, two), (replace(one, strength=0.5), two), (two,), (), (), (one,)]
     for loras in sequence:
@@ -142,6 +162,10 @@ def widen(tensors: dict[str, Any]) -> None:
             tensors[key] = torch.ones(4, 2 * tensors[key].shape[1])
 
 
+def scale(tensors: dict[str, Any]) -> None:
+    tensors["transformer.layers.0.attention.to_q.dora_scale"] = torch.ones(4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -151,6 +175,7 @@ def widen(tensors: dict[str, Any]) -> None:
         (clash, "does not fit the model"),
         (widen, "does not fit the model"),
         (dict.clear, "is empty; it changes nothing"),
+        (scale, "is a DoRA, which is not served"),
     ],
 )
 def test_files_that_do_nothing_or_harm_are_refused(
@@ -210,3 +235,36 @@ def test_parsed_files_and_loaded_adapters_stay_within_their_bounds(make: Make) -
     picture(made, *(make(seed, 0.2) for seed in range(4)))
     assert len(made.adapters.applied) == 4
     made.unload()
+
+
+def test_what_is_read_ahead_is_not_read_again(runner: DiffusionRunner, kind: Kind, make: Make) -> None:
+    one, two = make(31), make(32)
+    alone = picture(runner, one, two)
+    runner.adapters.clear(runner._pipe)
+    runner.adapters = kind(runner)
+    runner.adapters.prefetch((one, replace(two, strength=0.0)))
+    runner.adapters.prefetch((one, two, two))
+    assert np.array_equal(alone, picture(runner, one, two))
+    assert (runner.adapters.reads, runner.adapters.loads) == (2, 2)
+
+
+def test_a_fault_met_ahead_is_told_to_the_task_that_needs_the_file(runner: DiffusionRunner, make: Make) -> None:
+    base, gone = picture(runner), make(41)
+    Path(gone.path).unlink()
+    runner.adapters.prefetch((gone, make(9, change=poison)))
+    assert np.array_equal(base, picture(runner))
+    assert "is not there any more" in refused(runner, gone)
+    make_lora(Path(gone.path), seed=41)
+    assert not np.array_equal(base, picture(runner, gone))
+
+
+def test_clearing_ends_the_thread_that_reads_ahead(runner: DiffusionRunner, make: Make) -> None:
+    runner.adapters.prefetch([make(seed) for seed in range(50, 56)])
+    assert any(thread.name.startswith("adapters") for thread in threading.enumerate())
+    runner.adapters.clear(runner._pipe)
+    assert not any(thread.name.startswith("adapters") for thread in threading.enumerate())
+    lora = make(57)
+    runner.adapters.prefetch([lora])
+    assert runner.adapters.apply(runner._pipe, [lora])
+    runner.adapters.clear(runner._pipe)
+    assert runner.adapters.applied == ()

@@ -1,7 +1,9 @@
 """Adapters (LoRA) on a pipeline: kept parsed, put on by name, switched only when the set or a strength changes.
 
-Nothing is ever fused: subtracting an adapter again would not give the base weights back bit by bit. Files reach the
-pipeline as tensors, never as a path, because diffusers takes a path that does not exist for a name on the network.
+`Adapters` puts them on as PEFT layers; `merged.Merged` adds them to weights whose base it keeps; `choose` takes one of
+them. diffusers' own fusing is not used: subtracting an adapter again does not give the base weights back bit by bit.
+Files reach the pipeline as tensors, never as a path, because diffusers takes a path that does not exist for a name on the
+network.
 """
 
 from __future__ import annotations
@@ -11,15 +13,21 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from imagemill.errors import BadTask, OutOfMemory, WorkerGone, classify
 from imagemill.records import Lora
 from imagemill.runners import lora_file
+from imagemill.runners.adapter_cost import Mode, adapter_mode
+from imagemill.runners.ahead import Ahead
 from imagemill.runners.lora_file import LoraFile
+from imagemill.runners.shelf import Shelf
 
 if TYPE_CHECKING:
     from torch.nn import Module
+
+    from imagemill.runners.merged import Merged
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +35,22 @@ Applied = tuple[tuple[str, float], ...]
 """Adapters by name with their strengths, in the order of the task's list."""
 
 
+def choose(device: str, pipe: Any, force: Mode | None = None) -> Adapters | Merged:
+    """The adapters for this loaded pipeline, without any on it yet; to be called once, before its weights are quantised.
+
+    The device, the model and the free memory decide, or `force` does; `adapter_cost` says why.
+    """
+    from imagemill.devices import host_memory
+    from imagemill.runners.merged import Merged, device_free, mergeable_bytes
+
+    weights = mergeable_bytes(pipe)
+    mode = adapter_mode(device, weights, device_free(device), host_memory()[0], force=force)
+    log.info("adapters are put on as %s (%.1f GiB of weights)", mode.replace("_", " "), weights / 2**30)
+    return Adapters() if mode == "layers" else Merged(pipe, on_device=mode == "merged")
+
+
 class Adapters:
-    """The adapters of one pipeline.
+    """The adapters of one pipeline, as PEFT layers beside the base layers.
 
     Two least-recently-used sets, each bounded by `max_files` and `max_bytes`: files parsed in host memory, and adapters
     loaded on the model. What the current task needs is never dropped, whatever the bounds. `reads`, `loads`,
@@ -39,7 +61,9 @@ class Adapters:
         self.max_files = max_files
         self.max_bytes = max_bytes
         self.reads = self.loads = self.switches = self.evictions = 0
-        self._parsed: OrderedDict[str, LoraFile] = OrderedDict()
+        self._lock = Lock()
+        self._parsed: Shelf[LoraFile] = Shelf(max_files, max_bytes)
+        self._ahead = Ahead(self._read, max_files)
         self._loaded: OrderedDict[str, int] = OrderedDict()
         self._applied: Applied = ()
 
@@ -55,7 +79,7 @@ class Adapters:
         refused or does not fit the model; the pipeline is then without adapters.
         """
         try:
-            wanted = self._wanted(loras)
+            wanted = self.wanted(loras)
             if tuple((name, strength) for name, strength, _ in wanted) == self._applied:
                 return False
             self._switch(pipe, wanted)
@@ -64,20 +88,39 @@ class Adapters:
             raise
         return True
 
-    def clear(self, pipe: Any) -> None:
-        """Take every adapter off the pipeline and forget the parsed files."""
-        if self._loaded:
-            pipe.unload_lora_weights()
-        self._parsed.clear()
-        self._loaded.clear()
-        self._applied = ()
+    def prefetch(self, loras: Sequence[Lora]) -> None:
+        """Parse the files of coming tasks on a thread; returns at once. Their faults are raised by the `apply` they meet."""
+        for lora in loras:
+            if lora.strength and lora.digest and self._parsed.get(lora.digest) is None:
+                self._ahead.start(lora)
 
-    def _wanted(self, loras: Sequence[Lora]) -> list[tuple[str, float, Lora]]:
+    def hold(self, pipe: Any) -> None:
+        """Before the weights are quantised: nothing to keep, layers leave them as they are."""
+
+    def clear(self, pipe: Any) -> None:
+        """Take every adapter off the pipeline, forget the parsed files and end the thread that parses ahead."""
+        self.close()
+        self.take_off(pipe)
+
+    def close(self) -> None:
+        """Forget the parsed files and end the thread that parses ahead, without touching the pipeline."""
+        self._ahead.stop()
+        self._parsed.clear()
+
+    def take_off(self, pipe: Any) -> None:
+        """Take every adapter off the pipeline, and the layers that held them: its modules are then those it was loaded with."""
+        self._applied = ()
+        self._loaded.clear()
+        if any(True for _ in adapter_layers(pipe)):
+            pipe.unload_lora_weights()
+
+    def wanted(self, loras: Sequence[Lora]) -> list[tuple[str, float, Lora]]:
+        """The adapters to switch on: name, strength, and a file of that content. Raises `BadTask` as `apply` does."""
         merged: dict[str, tuple[float, Lora]] = {}
         for lora in loras:
             if not lora.strength:
                 continue
-            name = lora_file.adapter_name(lora.digest or self._parse(lora).digest)
+            name = lora_file.adapter_name(lora.digest or self.parse(lora).digest)
             merged[name] = (merged.get(name, (0.0, lora))[0] + lora.strength, lora)
         return [(name, strength, lora) for name, (strength, lora) in merged.items() if strength]
 
@@ -88,7 +131,7 @@ class Adapters:
             return
         for name, _, lora in wanted:
             if name not in self._loaded:
-                self._load(pipe, self._parse(lora))
+                self._load(pipe, self.parse(lora))
             self._loaded.move_to_end(name)
         names = [name for name, _, _ in wanted]
         self._evict(pipe, keep=names)
@@ -103,15 +146,17 @@ class Adapters:
             enable(pipe, False)
         self._applied = ()
 
-    def _parse(self, lora: Lora) -> LoraFile:
-        if lora.digest in self._parsed:
-            self._parsed.move_to_end(lora.digest)
-            return self._parsed[lora.digest]
+    def parse(self, lora: Lora) -> LoraFile:
+        """The file, parsed and checked: from the shelf, from the thread that is at it, or now. Any thread may ask."""
+        return self._parsed.get(lora.digest) or self._ahead.take(lora)
+
+    def _read(self, lora: Lora) -> LoraFile:
+        if there := self._parsed.get(lora.digest):
+            return there
         file = lora_file.read(lora)
-        self.reads += 1
-        self._parsed[file.digest] = file
-        while len(self._parsed) > 1 and self._over({name: item.bytes for name, item in self._parsed.items()}):
-            self._parsed.popitem(last=False)
+        with self._lock:
+            self.reads += 1
+        self._parsed.put(file.digest, file, file.bytes)
         return file
 
     def _load(self, pipe: Any, file: LoraFile) -> None:
@@ -127,7 +172,7 @@ class Adapters:
 
     def _evict(self, pipe: Any, keep: Sequence[str]) -> None:
         for name in [name for name in self._loaded if name not in keep]:
-            if not self._over(self._loaded):
+            if len(self._loaded) <= self.max_files and sum(self._loaded.values()) <= self.max_bytes:
                 return
             self._drop(pipe, name)
             self.evictions += 1
@@ -136,9 +181,6 @@ class Adapters:
         with quiet_peft():
             pipe.delete_adapters([name])
         del self._loaded[name]
-
-    def _over(self, sizes: dict[str, int] | OrderedDict[str, int]) -> bool:
-        return len(sizes) > self.max_files or sum(sizes.values()) > self.max_bytes
 
 
 def put_on(pipe: Any, file: LoraFile) -> None:
@@ -157,7 +199,11 @@ def put_on(pipe: Any, file: LoraFile) -> None:
             raise
         raise BadTask(f"the LoRA file {file.path} does not fit the model: {known}") from error
     listed = any(file.name in names for names in pipe.get_list_adapters().values())
-    landed = sum(holds(module, file.name) for module in adapter_layers(pipe)) if listed else 0
+    check_landed(file, sum(holds(module, file.name) for module in adapter_layers(pipe)) if listed else 0, expected)
+
+
+def check_landed(file: LoraFile, landed: int, expected: int) -> None:
+    """Raises `BadTask` when none of the modules that the file is for is in the model; warns when some are not."""
     if not landed:
         example = next(iter(file.tensors))
         raise BadTask(f"the LoRA file {file.path} is for another model: none of its keys is used, such as {example!r}")

@@ -81,9 +81,14 @@ def read(lora: Lora) -> LoraFile:
 
 
 def check(path: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raises `BadTask` for an empty file, NaN or infinity, a factor without its partner, and a file of zeros."""
+    """Raises `BadTask` for an empty file, NaN or infinity, a factor without its partner, and a file of zeros.
+
+    Also for a DoRA in kohya's names: diffusers drops its magnitudes with only a warning.
+    """
     if not tensors:
         raise BadTask(f"the LoRA file {path} is empty; it changes nothing")
+    if any("dora_scale" in key for key in tensors):
+        raise BadTask(f"the LoRA file {path} is a DoRA, which is not served")
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise BadTask(f"the LoRA file {path} contains NaN or infinity in {key!r}")
