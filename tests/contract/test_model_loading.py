@@ -1,8 +1,9 @@
-"""Which model folders load, and that an incomplete one never does: the libraries only warn."""
+"""Which model folders load and how, and that an incomplete one never does: the libraries only warn."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import SPEC, TINY, loaded, no_beat, picture, planned, run
 
-from imagemill.errors import BadModel
+from imagemill.errors import BadModel, OutOfMemory
 from imagemill.families import family
+from imagemill.records import Tuning
+from imagemill.runners import loading, page_cache
 from imagemill.runners.diffusion import DiffusionRunner, create
 from imagemill.runners.loading import choose_family, refuse_gaps
 
@@ -151,5 +154,161 @@ def test_a_weight_left_on_meta_is_refused() -> None:
 
 def test_the_embedded_model_is_small_readable_and_a_divisor_of_the_family_s_multiple(runner: DiffusionRunner) -> None:
     files = [path for path in TINY.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 3 * 2**20
+    assert sum(path.stat().st_size for path in files if "loras" not in path.parts) < 20 * 10**6
     assert family("z_image").multiple % (runner._pipe.vae_scale_factor * 2) == 0
+
+
+# --- straight to the device -------------------------------------------------------------------------------------------
+
+
+def weights() -> list[Path]:
+    return [weights_of(TINY, component) for component in ("text_encoder", "transformer", "vae")]
+
+
+def test_weights_go_straight_to_the_device_and_nothing_is_left_that_slows_calls_or_forbids_moves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    load_complete = loading.load_complete
+
+    def listen(folder: Path, loader: Any, dtype: Any, **how: Any) -> Any:
+        asked.append(how)
+        return load_complete(folder, loader, dtype, **how)
+
+    monkeypatch.setattr(loading, "load_complete", listen)
+    pipe = loading.load(SPEC, "cpu", no_beat).pipe
+    assert asked == [{"device_map": {"": "cpu"}}] * 3
+    for name, path in zip(("text_encoder", "transformer", "vae"), weights(), strict=True):
+        part = getattr(pipe, name)
+        assert not part.training
+        assert not {"to", "cuda", "forward", "hf_device_map"} & set(vars(part))
+        assert not any(hasattr(module, "_hf_hook") for module in part.modules())
+        stored, held = load_file(path), part.state_dict()
+        assert all(torch.equal(held[key], tensor.float()) for key, tensor in stored.items())
+        part.to("meta")
+
+
+def test_each_part_of_loading_has_its_span() -> None:
+    loaded = loading.load(SPEC, "cpu", no_beat)
+    assert [span.stage for span in loaded.spans] == [
+        "load text_encoder",
+        "load transformer",
+        "load vae",
+        "load pipeline",
+    ]
+    assert all(one.start + one.seconds <= two.start for one, two in zip(loaded.spans, loaded.spans[1:], strict=False))
+    assert not any(span.on_device for span in loaded.spans)
+    assert loaded.family.name == "z_image"
+
+
+class Starved:
+    """A component's class that finds no room on the device."""
+
+    @staticmethod
+    def from_pretrained(folder: str, **how: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11.50 GiB")
+
+
+def test_a_device_without_room_is_no_fault_of_the_model() -> None:
+    with pytest.raises(OutOfMemory):
+        loading.load_complete(TINY / "vae", Starved, torch.float32, device_map={"": "cuda:0"})
+
+
+def test_casting_takes_more_threads_on_a_gpu_s_worker_and_gives_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with loading.cast_threads("cpu"):
+            assert torch.get_num_threads() == 1
+        with loading.cast_threads("cuda:0"):
+            assert torch.get_num_threads() == 4
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- before loading ---------------------------------------------------------------------------------------------------
+
+
+def test_what_tuning_asks_for_is_imported_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = loading.needed_modules(Tuning())
+    assert "PIL.PngImagePlugin" in usual
+    assert not any("torch" in name for name in usual)
+    assert "torch._inductor.compile_fx" in loading.needed_modules(Tuning(compile=True))
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    assert loading.needed_modules(Tuning(precision="fp8")) == usual
+    monkeypatch.setattr(loading, "find_spec", lambda name: name)
+    assert loading.needed_modules(Tuning(precision="fp8")) == [*usual, "torchao.quantization"]
+
+
+def test_preparing_imports_everything_and_refuses_what_loading_would(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr(loading, "import_module", lambda name: imported.append(name))
+    monkeypatch.setattr(loading, "component_class", lambda *entry: imported.append(entry[1]))
+    loading.import_classes(replace(SPEC, tuning=Tuning(compile=True)))
+    assert {"ZImageTransformer2DModel", "AutoencoderKL", "torch._dynamo", "peft"} <= set(imported)
+    place = folder / "model_index.json"
+    place.write_text(place.read_text().replace("ZImagePipeline", "WanPipeline"))
+    with pytest.raises(BadModel, match="is not served"):
+        loading.import_classes(replace(SPEC, folder=str(folder)))
+    with pytest.raises(BadModel, match="does not exist"):
+        loading.import_classes(replace(SPEC, folder=str(folder / "nowhere")))
+
+
+def test_a_context_that_cannot_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(device: str) -> None:
+        raise torch.OutOfMemoryError(f"CUDA out of memory on {device}")
+
+    monkeypatch.setattr(loading, "open_device", broken)
+    with pytest.raises(torch.OutOfMemoryError, match="cuda:0"):
+        loading.import_classes(SPEC, "cuda:0")
+
+
+@pytest.fixture
+def advised(monkeypatch: pytest.MonkeyPatch) -> dict[Path, list[tuple[int, int]]]:
+    """The parts (start, length) of each file that the kernel was told will be needed."""
+    told: dict[Path, list[tuple[int, int]]] = {}
+
+    def listen(file: int, start: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        told.setdefault(Path(os.readlink(f"/proc/self/fd/{file}")), []).append((start, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", listen)
+    return told
+
+
+def test_files_are_read_ahead_from_end_to_end_and_one_that_is_gone_is_left_to_the_loader(
+    tmp_path: Path, advised: dict[Path, list[tuple[int, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_cache, "CHUNK", 4)
+    first, last = tmp_path / "first", tmp_path / "last"
+    first.write_bytes(b"0123456789")
+    last.write_bytes(b"01")
+    page_cache.read_ahead([first, tmp_path / "gone", last]).join()
+    assert advised == {first: [(0, 4), (4, 4), (8, 4)], last: [(0, 4)]}
+
+
+def test_no_more_is_read_ahead_than_memory_keeps(
+    monkeypatch: pytest.MonkeyPatch, advised: dict[Path, list[tuple[int, int]]]
+) -> None:
+    files = weights()
+    sizes = [path.stat().st_size for path in files]
+    for free, count in ((0, 0), (2 * sizes[0], 1), (2 * sum(sizes) - 1, 2), (2 * sum(sizes), 3)):
+        monkeypatch.setattr(page_cache.host_memory, "free", lambda free=free: free)
+        advised.clear()
+        page_cache.read_ahead(files).join()
+        assert list(advised) == files[:count]
+
+
+def test_while_a_component_loads_the_next_is_read_ahead_in_one_precision(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = weights_of(folder, "transformer")
+    shutil.copy(path, path.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    asked: list[list[str]] = []
+    monkeypatch.setattr(loading, "read_ahead", lambda paths: asked.append([one.parent.name for one in paths]))
+    loading.load(replace(SPEC, folder=str(folder)), "cpu", no_beat)
+    assert asked == [["text_encoder", "transformer"], ["transformer", "vae"], ["vae"]]

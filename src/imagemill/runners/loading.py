@@ -2,20 +2,31 @@
 
 diffusers and transformers only warn about weights that a folder lacks, and then run with what was never filled. So each
 component is loaded alone, with the loader's own account of what was missing, and a gap refuses the model.
+
+Weights go from the page cache straight to the device, tensor by tensor; no copy of the model is made in main memory. A
+component's files are read ahead while the one before it loads.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagemill.errors import BadModel, Transient, classify
 from imagemill.families import Family, family, family_for
-from imagemill.records import ModelSpec
+from imagemill.records import ModelSpec, Span, Tuning
 from imagemill.runners import Beat
+from imagemill.runners.page_cache import read_ahead
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +41,22 @@ OTHER_TASKS = ("Inpaint", "Control", "Fill", "Video", "Upscale", "Layered", "Red
 OTHER_INPUTS = frozenset({"mask_image", "mask", "control_image", "num_frames", "video"})
 """Arguments that tell such a pipeline whatever its name."""
 
+CAST_THREADS = 8
+"""Weights that a folder holds in another precision are cast by the CPU on their way to the GPU; more threads than this
+only wait for main memory."""
 
-def load(spec: ModelSpec, device: str, beat: Beat) -> tuple[Any, Family]:
-    """The pipeline on the device, in eval mode, and its family; beats once a component.
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A pipeline on its device, in eval mode, its family, and how long each part of loading took."""
+
+    pipe: Any
+    family: Family
+    spans: tuple[Span, ...]
+
+
+def load(spec: ModelSpec, device: str, beat: Beat) -> Loaded:
+    """Load the pipeline of the spec's folder onto the device; beats once a component.
 
     Raises `BadModel` when the folder can never load; whatever the device raises when it has no room.
     """
@@ -40,28 +64,106 @@ def load(spec: ModelSpec, device: str, beat: Beat) -> tuple[Any, Family]:
     index = read_index(folder)
     chosen = choose_family(spec, index["_class_name"])
     dtype = choose_dtype(spec.dtype, device)
-    names = [name for name, entry in index.items() if is_component(name, entry)]
+    names = components(index)
     parts: dict[str, Any] = {}
-    for step, name in enumerate(names):
-        beat("load", -1, step, len(names))
-        part = load_weights(folder / name, index[name], dtype)
-        if part is not None:
-            parts[name] = part.to(device)
-    pipe = assemble(folder, parts, dtype).to(device)
+    spans: list[Span] = []
+    with cast_threads(device):
+        for step, name in enumerate(names):
+            beat("load", -1, step, len(names))
+            if kind := weights_class(index[name]):
+                read_ahead([*weight_files(folder / name), *next_weights(folder, names[step + 1 :])])
+                with timed(f"load {name}", device, spans):
+                    parts[name] = free_to_move(load_complete(folder / name, kind, dtype, device_map={"": device}))
+    with timed("load pipeline", device, spans):
+        pipe = assemble(folder, parts, dtype).to(device)
     for name, part in pipe.components.items():
         refuse_gaps(name, part)
     pipe.set_progress_bar_config(disable=True)
     beat("load", -1, len(names), len(names))
-    return pipe, chosen
+    return Loaded(pipe, chosen, tuple(spans))
 
 
-def import_classes(spec: ModelSpec) -> None:
-    """Import the pipeline's class and those of its components: most of the seconds of a first load."""
-    index = read_index(Path(spec.folder))
-    choose_family(spec, index["_class_name"])
-    for name, entry in index.items():
-        if is_component(name, entry):
-            component_class(*entry)
+def import_classes(spec: ModelSpec, device: str = "cpu") -> None:
+    """Import the pipeline's class, those of its components and what tuning and saving need: most of the seconds of a first
+    load. Meanwhile the weights are read into the page cache, and a GPU's context is made.
+
+    Every worker does all of this; files that one has asked the kernel for cost the others nothing.
+    """
+    folder = Path(spec.folder)
+    index = read_index(folder)
+    read_ahead([path for name in components(index) for path in weight_files(folder / name)])
+    import_module("torch")  # before the other thread asks for it
+    with ThreadPoolExecutor(1) as side:
+        context = side.submit(open_device, device)
+        choose_family(spec, index["_class_name"])
+        for name in components(index):
+            component_class(*index[name])
+        for module in needed_modules(spec.tuning):
+            import_module(module)
+        context.result()
+
+
+def needed_modules(tuning: Tuning) -> list[str]:
+    """What a worker imports sooner or later beside the model's classes; of the optional ones those that are installed."""
+    modules = ["diffusers.models.attention_dispatch", "peft", "PIL.PngImagePlugin"]
+    if tuning.compile:
+        modules += ["torch._dynamo", "torch._inductor.compile_fx"]
+    if tuning.precision == "fp8" and find_spec("torchao"):
+        modules.append("torchao.quantization")
+    return modules
+
+
+def open_device(device: str) -> None:
+    """Make the context of a GPU, with a product of two small matrices so that its libraries are there too."""
+    if device.startswith("cuda"):
+        import torch
+
+        small = torch.ones(16, 16, device=device)
+        torch.mm(small, small)
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def timed(stage: str, device: str, spans: list[Span]) -> Iterator[None]:
+    """Adds the block's span under this name, what it left to the GPU included. The device computes nothing in it."""
+    start = time.monotonic()
+    yield
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+    spans.append(Span(stage, start, time.monotonic() - start, on_device=False))
+
+
+@contextmanager
+def cast_threads(device: str) -> Iterator[None]:
+    """Inside the block torch casts with several threads, on a GPU's worker, which otherwise leaves the CPU to others."""
+    if not device.startswith("cuda"):
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, min(CAST_THREADS, os.cpu_count() or 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def components(index: Mapping[str, Any]) -> list[str]:
+    """The names of the components in a model index, in its order."""
+    return [name for name, entry in index.items() if is_component(name, entry)]
+
+
+def weight_files(folder: Path) -> Sequence[Path]:
+    """The weights of a component in the order of their names; no other precisions, such as `model.fp16.safetensors`."""
+    return [path for path in sorted(folder.glob("*.safetensors")) if "." not in path.stem]
+
+
+def next_weights(folder: Path, names: Sequence[str]) -> Sequence[Path]:
+    """The weights of the first of these components that has any."""
+    return next((files for name in names if (files := weight_files(folder / name))), ())
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -122,22 +224,17 @@ def is_component(name: str, entry: Any) -> bool:
     return not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and None not in entry
 
 
-def load_weights(folder: Path, entry: list[str], dtype: torch.dtype) -> Any:
-    """The component of that folder if it is one with weights, else `None`: the pipeline loads the others.
-
-    Raises `BadModel` for pickled, missing, torn or incomplete weights.
-    """
+def weights_class(entry: list[str]) -> Any:
+    """The class of a component that has weights, else `None`: the pipeline loads the others."""
     from torch.nn import Module
 
-    library, class_name = entry
-    kind = component_class(library, class_name)
-    if not (isinstance(kind, type) and issubclass(kind, Module)):
-        return None
-    return load_complete(folder, kind, dtype)
+    kind = component_class(*entry)
+    return kind if isinstance(kind, type) and issubclass(kind, Module) else None
 
 
 def load_complete(folder: Path, loader: Any, dtype: torch.dtype, **how: Any) -> Any:
-    """What `loader.from_pretrained` makes of the folder, in eval mode; `how` is handed on.
+    """What `loader.from_pretrained` makes of the folder, in eval mode; `how` is handed on. With a `device_map` the weights
+    go straight to the device.
 
     Raises `BadModel` for pickled, missing, torn or incomplete weights.
     """
@@ -150,10 +247,21 @@ def load_complete(folder: Path, loader: Any, dtype: torch.dtype, **how: Any) -> 
             str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **how
         )
     except Exception as error:
+        if isinstance(error, NotImplementedError) and how.pop("device_map", None):
+            # diffusers moves what was never filled before it gives its account: without a move the account comes.
+            load_complete(folder, loader, dtype, **how)
         raise refusal(folder, error) from error
     if missing := sorted(account["missing_keys"]):
         raise BadModel(f"{folder} is incomplete; weights missing: {len(missing)}, such as {missing[0]!r}")
     return part.eval()
+
+
+def free_to_move(part: Any) -> Any:
+    """The part as if its device had been chosen later: a map of one device adds no hooks that slow calls or forbid moves,
+    but leaves a note that PEFT believes even after a move."""
+    if "hf_device_map" in vars(part):
+        del part.hf_device_map
+    return part
 
 
 def component_class(library: str, class_name: str) -> Any:
