@@ -1,0 +1,137 @@
+"""The first meeting with shapes, before the clock of any task runs: made-up tasks through all stages of a family.
+
+Compiled code is made here, and libraries choose their kernels here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from imagemill.errors import WorkerGone, classify
+from imagemill.families import Family, Pictures, Size
+from imagemill.records import Task, Tuning
+from imagemill.runners import Beat
+
+log = logging.getLogger(__name__)
+
+STAGE = "compile"
+
+SHORT, LONG = 3, 100
+"""Words of a prompt: of the first bucket of 32 tokens, and of a later one."""
+
+STATIC_LENGTHS = (SHORT, 24, 52, 80)
+"""Words for the first four buckets, where each is compiled apart."""
+
+PROBE_SIZE = (512, 512)
+"""What is warmed up where neither the run nor the family names a size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One batch of a warm-up: its size, and the words of each prompt."""
+
+    size: Size
+    words: tuple[int, ...]
+
+
+def rounds(tuning: Tuning, family: Family, dynamic: bool | None) -> list[Round]:
+    """The batches that meet every graph: each size with the largest batch and with one; there captions of one length, of
+    another, and of both in a batch. Lengths vary at the first size only, unless shapes are static."""
+    largest = family.max_edit_batch if edits(family) else family.max_batch
+    counts = sorted({max(1, min(tuning.batch, largest)), 1})
+    lengths = (SHORT, LONG) if dynamic else STATIC_LENGTHS
+    found: list[Round] = []
+    for place, size in enumerate(tuning.sizes or (usual_size(family),)):
+        own = lengths if place == 0 or not dynamic else lengths[:1]
+        for count in counts:
+            found += [Round(size, (words,) * count) for words in own]
+            if count > 1:
+                found.append(Round(size, (LONG, *(SHORT,) * (count - 1))))
+    return found
+
+
+def edits(family: Family) -> bool:
+    """Whether the family makes nothing without a picture."""
+    return "images" in family.fields and "prompt_only" not in family.fields
+
+
+def usual_size(family: Family) -> Size:
+    """The family's default size."""
+    return (family.defaults.width or PROBE_SIZE[0], family.defaults.height or PROBE_SIZE[1])
+
+
+def warm_up(pipe: Any, family: Family, found: Sequence[Round], beat: Beat) -> list[str]:
+    """Run the rounds; beats before each and at each step. Lines say what could not be run, for want of room or because
+    the made-up task was refused: real ones may fare better. Raises what ends a worker: `Cancelled`, a broken device.
+    """
+    import torch
+
+    notes = []
+    for place, one in enumerate(found):
+        beat(STAGE, -1, place, len(found))
+        try:
+            with torch.inference_mode():
+                run(pipe, family, one, lambda step, steps, place=place: beat(STAGE, -1, place, len(found)))
+        except Exception as error:
+            known = classify(error)
+            if isinstance(known, WorkerGone):
+                raise
+            notes.append(f"not warmed up: {len(one.words)} at {one.size[0]}x{one.size[1]}: {known}")
+            del error, known
+            free()
+    beat(STAGE, -1, len(found), len(found))
+    return notes
+
+
+def run(pipe: Any, family: Family, one: Round, on_step: Any) -> None:
+    """Encode, denoise and decode the batch; ends when the device has."""
+    import torch
+
+    tasks = list(made_up(one, family))
+    pictures = [blank_pictures(task, family) for task in tasks]
+    conditioning = family.encode(pipe, tasks, pictures)
+    latents = family.denoise(pipe, tasks, conditioning, on_step)
+    made = family.decode(pipe, tasks, latents)
+    if made.device.type == "cuda":
+        torch.cuda.synchronize(made.device)
+
+
+def made_up(one: Round, family: Family) -> Iterator[Task]:
+    """A task of one step for each prompt of the round, with the family's defaults."""
+    usual = family.defaults
+    fields = family.fields
+    for place, words in enumerate(one.words):
+        yield Task(
+            id=f"warm-up-{place}",
+            prompt=" ".join(["picture"] * words),
+            negative_prompt=usual.negative_prompt if "negative_prompt" in fields else None,
+            images=("made up",) if edits(family) else (),
+            width=one.size[0],
+            height=one.size[1],
+            steps=1,
+            guidance_scale=usual.guidance_scale if "guidance_scale" in fields else None,
+            true_cfg_scale=usual.true_cfg_scale if "true_cfg_scale" in fields else None,
+            seed=place,
+        )
+
+
+def blank_pictures(task: Task, family: Family) -> Pictures:
+    """Grey pictures of the sizes that the family asks for."""
+    from PIL import Image
+
+    given = [(task.width or 0, task.height or 0) for _ in task.images]
+    return [Image.new("RGB", size, "grey") for size in family.reference_sizes(task, given)]
+
+
+def free() -> None:
+    """Give back what a batch without room held."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
