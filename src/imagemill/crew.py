@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from imagemill import devices, judges, models
+from imagemill import batching, devices, judges, models, tuning_choice
 from imagemill.config import Settings
-from imagemill.devices import Choice
+from imagemill.devices import Choice, Device
 from imagemill.executors import Executor, inline, processes
 from imagemill.intake import Models
-from imagemill.plan import answers
 from imagemill.policies import Worker
 from imagemill.records import LABEL_VARIABLE, ModelSpec, WorkerSpec
+from imagemill.runners import compile_cache
 from imagemill.schedule import Limits
 from imagemill.spread import spread
+from imagemill.staging import Shape
 
 DEFAULT_MODEL = "tiny"
 
@@ -30,6 +31,7 @@ class Crew:
     specs: dict[int, WorkerSpec]
     choice: Choice
     workers: dict[int, Worker] = field(default_factory=dict)
+    tuned: dict[str, tuning_choice.Choice] = field(default_factory=dict)
 
     @property
     def labels(self) -> dict[int, str]:
@@ -40,9 +42,17 @@ class Crew:
 def find_models(settings: Settings) -> Models:
     """The models of a run. Their precision is part of their revision: bfloat16 on GPUs, float32 on the CPU, unless asked."""
     asked = settings.devices
-    dtype = "bfloat16" if devices.kind(asked.device, asked.gpus, asked.gpu_ids) == "cuda" else "float32"
-    dtype = dtype if settings.dtype == "auto" else settings.dtype
-    return Models(partial(models.resolve, dtype=dtype, judge=settings.judge), settings.model or DEFAULT_MODEL)
+    cuda = devices.kind(asked.device, asked.gpus, asked.gpu_ids) == "cuda"
+    tuning_choice.check(settings, cuda)
+    dtype = ("bfloat16" if cuda else "float32") if settings.dtype == "auto" else settings.dtype
+    find = partial(
+        models.resolve,
+        dtype=dtype,
+        precision=settings.precision,
+        attention=settings.attention,
+        judge=settings.judge,
+    )
+    return Models(find, settings.model or DEFAULT_MODEL)
 
 
 def choose(settings: Settings, used: Sequence[models.Model], tasks: int | None) -> Choice:
@@ -82,25 +92,41 @@ def hire(choice: Choice, settings: Settings, first: ModelSpec, log_folder: Path)
     if alone and choice.devices[0].inline_device.startswith("cuda"):
         # The device's number counts as nvidia-smi does only so, and only before CUDA starts.
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    cache = compile_cache.environment() if first.tuning.compile else {}
     specs = {
         number: WorkerSpec(
             worker=number,
             device=device.inline_device if alone else device.torch_device,
             label=device.label,
             model=first,
-            environment={**device.environment, LABEL_VARIABLE: device.label},
+            environment={**cache, **device.environment, LABEL_VARIABLE: device.label},
             log="" if alone else str(log_folder / f"worker-{number}.log"),
             log_level=settings.logging.level,
+            ahead=device.torch_device.startswith("cuda"),
         )
         for number, device in enumerate(choice.devices)
     }
     return Crew(inline.create() if alone else processes.create(), specs, choice)
 
 
-def limits(settings: Settings, used: Sequence[models.Model]) -> Limits:
+def tune(
+    settings: Settings, book: Models, shapes: Iterable[Shape] | None, total: int | None
+) -> dict[str, tuning_choice.Choice]:
+    """Choose how the models are made fast, by the whole run of `total` tasks, and tell the book."""
+    whole = choose(settings, book.used(), None if total is None else max(1, total)).devices
+    cuda, free = on_cuda(whole), min(device.free for device in whole)
+    found = tuning_choice.choices(settings, book.used(), shapes, len(whole), cuda, free, whole[0].name)
+    book.tune({name: one.tuning for name, one in found.items()})
+    return found
+
+
+def on_cuda(found: Sequence[Device]) -> bool:
+    """Whether these are GPUs."""
+    return found[0].torch_device.startswith("cuda")
+
+
+def limits(settings: Settings, used: Sequence[models.Model], choice: Choice) -> Limits:
     """The scheduler's bounds; no batch is larger than the family of its model takes."""
-    batch = {}
-    for model in used:
-        asked = judges.batch(model.spec, settings.judge) if answers(model.planned.family) else settings.batch_size
-        batch[f"model:{model.spec.name}"] = min(asked, int(getattr(model.planned.family, "max_batch", 1)))
-    return Limits(**settings.limits.model_dump(), batch=batch)
+    free = min(device.free for device in choice.devices)
+    most = batching.limit(settings, used, on_cuda(choice.devices), free)
+    return Limits(**settings.limits.model_dump(), batch=most)

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from imagemill import crew, progress, sources
+from imagemill import crew, progress, sources, trained_sizes, tuning_choice
 from imagemill.config import Settings, settings_from
 from imagemill.crew import Crew
 from imagemill.devices import Choice
@@ -33,6 +33,9 @@ from imagemill.progress import Progress
 from imagemill.publish import OutputFolder
 from imagemill.records import Outcome, PlannedTask, SinkSpec, Task
 from imagemill.schedule import Scheduler
+from imagemill.staging import Shape
+from imagemill.trace import FILE_NAME as FILE
+from imagemill.trace import TraceFile
 from imagemill.version import __version__, machine
 
 CHUNK = 256
@@ -232,6 +235,7 @@ class Engine:
                 admission, to_do = Admission(), None
                 book.get(None)
                 choice = self._choose(book, to_do)
+                tuned = self._tune(book, choice, None, None)
                 self._begin(ledger, folder)
                 chunk = min(CHUNK, max(1, self.settings.limits.read_ahead // 4))
                 feed = _read_as_needed(rows, intake, admission, ledger, options, chunk)
@@ -241,6 +245,9 @@ class Engine:
                 again = intake.again(options.again, options.retry)
                 to_do = comparison.to_do(options.retry) + len(again)
                 choice = self._choose(book, to_do)
+                for line in trained_sizes.remarks(book.used(), ledger.staging.shapes()) if to_do else ():
+                    self._progress.note(line)
+                tuned = self._tune(book, choice, ledger.staging.shapes(), comparison.total)
                 self._begin(ledger, folder)
                 intake.accept(admission, retry=options.retry, again=again)
                 feed = ledger.work()
@@ -250,6 +257,7 @@ class Engine:
             )
             if choice is not None:
                 self._crew = crew.hire(choice, self.settings, book.used()[0].spec, self._log_folder(path))
+                self._crew.tuned = tuned
             yield from self._work(feed, book, ledger, folder, admission, to_do)
 
     def _begin(self, ledger: Ledger, folder: OutputFolder) -> None:
@@ -266,6 +274,15 @@ class Engine:
             self._progress.note(line)
         return choice
 
+    def _tune(
+        self, book: Models, choice: Choice | None, shapes: Iterable[Shape] | None, total: int | None
+    ) -> dict[str, tuning_choice.Choice]:
+        """How the models are made fast, by the whole run; workers that are there keep what they were loaded with."""
+        if self._crew is None:
+            return {} if choice is None else crew.tune(self.settings, book, shapes, total)
+        book.tune({name: one.tuning for name, one in self._crew.tuned.items()})
+        return self._crew.tuned
+
     def _work(
         self, feed: Feed, book: Models, ledger: Ledger, folder: OutputFolder, admission: Admission, to_do: int | None
     ) -> Iterator[Outcome]:
@@ -274,8 +291,13 @@ class Engine:
         status, message, run = "died", "", None
         try:
             if to_do != 0 and self._crew is not None:
-                run = self._run = self._start(self._crew, feed, book, ledger, folder, known=to_do is not None)
-                yield from run.outcomes()
+                with ExitStack() as stack:
+                    trace = self._trace(folder.path, self._crew)
+                    stack.callback(trace.close if trace is not None else lambda: None)
+                    run = self._run = self._start(
+                        self._crew, feed, book, ledger, folder, known=to_do is not None, trace=trace
+                    )
+                    yield from run.outcomes()
                 if run.error:
                     raise run.error
                 status, message = (run.halt.reason, run.halt.message) if run.halt else ("cancelled", "")
@@ -302,7 +324,7 @@ class Engine:
 
     def _end_run(self, ledger: Ledger, run: Run | None, status: str) -> None:
         """Write the run's end. A ledger that cannot be written hides no other cause."""
-        stats = {"policy": str(self.settings.schedule), **(run.stats() if run is not None else {})}
+        stats = {"policy": str(self.settings.schedule), **self._tuning(), **(run.stats() if run is not None else {})}
         try:
             ledger.end_run(time.time(), status, stats)
         except OutputError:
@@ -319,13 +341,21 @@ class Engine:
                 yield outcome
 
     def _start(
-        self, hired: Crew, feed: Feed, book: Models, ledger: Ledger, folder: OutputFolder, *, known: bool
+        self,
+        hired: Crew,
+        feed: Feed,
+        book: Models,
+        ledger: Ledger,
+        folder: OutputFolder,
+        *,
+        known: bool,
+        trace: TraceFile | None,
     ) -> Run:
         settings, output, used = self.settings, self.settings.output, book.used()
         self._progress.begin(sum(ledger.counts().values()) if known else None, hired.labels)
         workers = {str(number): {"label": label} for number, label in hired.labels.items()}
-        ledger.note_stats({"policy": str(settings.schedule), "workers": workers})
-        bounds = crew.limits(settings, used)
+        ledger.note_stats({"policy": str(settings.schedule), "workers": workers, **self._tuning()})
+        bounds = crew.limits(settings, used, hired.choice)
         return Run(
             feed=feed,
             scheduler=Scheduler(hired.labels, settings.schedule.name, settings.schedule.k or 1, bounds, hired.workers),
@@ -337,7 +367,15 @@ class Engine:
             folder=folder,
             progress=self._progress,
             started=time.time(),
+            trace=trace,
         )
+
+    def _tuning(self) -> dict[str, Any]:
+        return {"tuning": tuning_choice.as_stats(self._crew.tuned)} if self._crew is not None else {}
+
+    def _trace(self, path: Path, hired: Crew) -> TraceFile | None:
+        """The open trace; its clock starts now."""
+        return TraceFile(path / FILE, hired.labels, time.monotonic()) if self.settings.trace else None
 
     # --- the books --------------------------------------------------------------------------------------------------
 

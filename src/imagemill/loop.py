@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -32,6 +32,7 @@ from imagemill.records import (
     Halt,
     Kill,
     Load,
+    Lora,
     Outcome,
     PlannedTask,
     Settle,
@@ -47,6 +48,7 @@ from imagemill.records import (
 )
 from imagemill.schedule import Scheduler
 from imagemill.sinks.files import temporary_path
+from imagemill.trace import TraceFile
 
 log = logging.getLogger(DRIVER)
 
@@ -59,6 +61,9 @@ AHEAD_OF_READER = 3
 
 REFRESH = 0.5
 """Seconds between two looks of the progress display at most."""
+
+READ_AHEAD_ADAPTERS = 3
+"""How many adapter files a worker is told to read before it needs them; of those most likely to come."""
 
 DEATH_TIMEOUT = 15.0
 """Seconds to wait for killed workers at the end of a stopped run."""
@@ -84,6 +89,7 @@ class Run:
         folder: OutputFolder,
         progress: Progress,
         started: float,
+        trace: TraceFile | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.halt: Halt | None = None
@@ -96,6 +102,7 @@ class Run:
         self._ledger = ledger
         self._folder = folder
         self._progress = progress
+        self._trace = trace
         self._wall = started - time.monotonic()
         self._started = time.monotonic()
         self._more_at_hand = False
@@ -106,7 +113,8 @@ class Run:
         self._outcomes: list[Outcome] = []
         self._attempts: list[Attempt] = []
         self._committed = self._started
-        self._at_work: dict[int, tuple[Batch, float]] = {}
+        self._at_work: dict[int, dict[int, tuple[Batch, float]]] = {}
+        self._last_ended: dict[int, float] = {}
         self._loading: dict[int, float] = {}
         self._requests: deque[Event] = deque()
         self._switches: list[int] = []
@@ -214,8 +222,10 @@ class Run:
             case WorkerReady(worker, _, seconds):
                 log.info("worker %d is ready after %.1f s", worker, seconds)
                 self._span(worker, "load", now)
+                self._tell(event, now)
             case BatchEnded(worker):
                 self._end_attempts(worker, event, now)
+                self._tell(event, now)
             case WorkerLost(worker, kind, message):
                 log.warning("worker %d is lost (%s): %s", worker, kind, message)
                 self._span(worker, "lost", now, message)
@@ -223,26 +233,43 @@ class Run:
             case Drain():
                 log.info("asked to end: what is in flight is finished")
 
+    def _tell(self, event: WorkerReady | BatchEnded, now: float) -> None:
+        """Keep what the worker says of its stages and of what it changed."""
+        for note in event.notes:
+            log.info("worker %d: %s", event.worker, note)
+            self._ledger.span(event.worker, "note", self._wall + now, self._wall + now, note)
+        if self._trace is not None and event.spans:
+            self._trace.add(event.worker, event.spans)
+
     def _span(self, worker: int, what: str, now: float, note: str = "") -> None:
         self._ledger.span(worker, what, self._wall + self._loading.pop(worker, now), self._wall + now, note)
 
     def _end_attempts(self, worker: int, event: BatchEnded | WorkerLost, now: float) -> None:
-        batch, started = self._at_work.get(worker, (None, now))
-        if batch is None or (isinstance(event, BatchEnded) and event.batch != batch.id):
-            return
-        del self._at_work[worker]
+        """Write down how the attempts of the ended batch went, or of all that a lost worker had.
+
+        A batch that was sent ahead began when the one before it ended: so the seconds of all add up to the run's.
+        """
+        sent = self._at_work.get(worker, {})
+        ended = isinstance(event, BatchEnded)
+        for number in [event.batch] if isinstance(event, BatchEnded) else list(sent):
+            if number in sent:
+                batch, started = sent.pop(number)
+                self._end_attempt(worker, batch, max(started, self._last_ended.get(worker, started)), event, now)
+        if ended:
+            self._last_ended[worker] = now
+
+    def _end_attempt(self, worker: int, batch: Batch, began: float, event: BatchEnded | WorkerLost, now: float) -> None:
         faults = {failure.seq: failure for failure in event.failures} if isinstance(event, BatchEnded) else {}
-        lost = isinstance(event, WorkerLost)
         for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True):
-            fault = faults.get(ticket.seq)
-            kind = fault.kind if fault else event.kind if isinstance(event, WorkerLost) else None
-            message = fault.message if fault else event.message if isinstance(event, WorkerLost) else ""
             planned = self._tasks.get(ticket.seq)
             if planned is None:
                 continue
-            if lost:
+            fault: Failure | WorkerLost | None = faults.get(ticket.seq)
+            if isinstance(event, WorkerLost):
+                fault = event
                 self._folder.discard(temporary_path(planned, attempt))
-            row = (planned.task.id, attempt, worker, self._wall + started, self._wall + now, kind, message)
+            kind, message = (fault.kind, fault.message) if fault else (None, "")
+            row = (planned.task.id, attempt, worker, self._wall + began, self._wall + now, kind, message)
             self._attempts.append(Attempt(*row, len(batch.tickets)))
         if any(fault.ends_run for fault in faults.values()):
             self._stop_for(OutputError(next(fault.message for fault in faults.values() if fault.ends_run)))
@@ -271,11 +298,23 @@ class Run:
         self._switches = self._switches or [0] * len(match_)
         for place, held in enumerate(match_):
             self._switches[place] += not held
-        self._at_work[worker] = (batch, now)
+        self._at_work.setdefault(worker, {})[batch.id] = (batch, now)
         tasks = tuple(self._tasks[ticket.seq] for ticket in batch.tickets)
         model = self._models.get(tasks[0].task.model).spec
-        self._executor.send(worker, WorkOrder(batch.id, model, self._sink, tasks, batch.attempts))
+        coming = self._coming(tasks[0].task.loras)
+        self._executor.send(worker, WorkOrder(batch.id, model, self._sink, tasks, batch.attempts, coming))
         self._progress.dispatched(worker, tasks)
+
+    def _coming(self, now: Sequence[Lora]) -> tuple[Lora, ...]:
+        """Adapters that waiting tasks need and this batch has not: one of the next sets will be some worker's next."""
+        found: dict[str, Lora] = {}
+        for _, entry in self.scheduler.board.backlog.heads():
+            for lora in self._tasks[entry.ticket.seq].task.loras:
+                if lora.strength and lora not in now:
+                    found.setdefault(lora.digest, lora)
+            if len(found) >= READ_AHEAD_ADAPTERS:
+                break
+        return tuple(found.values())
 
     def _settle(self, settle: Settle) -> None:
         planned = self._tasks.pop(settle.seq)
@@ -353,11 +392,11 @@ class Run:
             for event in self._executor.events(max(0.0, deadline - time.monotonic())):
                 if isinstance(event, WorkerLost):
                     leaving.discard(event.worker)
-        for worker, (batch, _) in self._at_work.items():
-            if worker not in leaving:
-                for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True):
-                    if ticket.seq in self._tasks:
-                        self._folder.discard(temporary_path(self._tasks[ticket.seq], attempt))
+        batches = [batch for worker in self._at_work.keys() - leaving for batch, _ in self._at_work[worker].values()]
+        for batch in batches:
+            for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True):
+                if ticket.seq in self._tasks:
+                    self._folder.discard(temporary_path(self._tasks[ticket.seq], attempt))
         for number, known in crew.items():
             if number not in leaving:
                 known.is_gone()

@@ -16,19 +16,28 @@ from typing import Literal, Protocol, TypeAlias
 from imagemill.backlog import Backlog, Bucket, Entry
 from imagemill.records import Batch
 
+SAVING_AT_MOST = 2
+"""Batches whose pictures a worker may still be saving when it takes the next: bounds what waits in its memory."""
+
 State: TypeAlias = Literal["absent", "waiting", "loading", "idle", "busy", "ending", "quarantined"]
 """A worker: no process; a process that waits to load; loading; ready; at work; being killed; never used again."""
 
 
 @dataclass(slots=True)
 class Worker:
-    """What the scheduler knows of one worker. Times are monotonic seconds."""
+    """What the scheduler knows of one worker. Times are monotonic seconds.
+
+    `batch` is on its device, `saving` are those that left it and whose pictures are being saved. `secluded` says that
+    the task it has is under suspicion and gets no company.
+    """
 
     id: int
     device: str = ""
     state: State = "absent"
     resident: frozenset[str] = frozenset()
     batch: Batch | None = None
+    saving: dict[int, Batch] = field(default_factory=dict)
+    secluded: bool = False
     deadline: float = 0.0
     not_before: float = 0.0
     ending: str = ""
@@ -50,6 +59,17 @@ class Worker:
         return self.state != "quarantined"
 
     @property
+    def has_room(self) -> bool:
+        """Could take a batch now."""
+        room = len(self.saving) < SAVING_AT_MOST and not (self.secluded and self.saving)
+        return self.state == "idle" and room
+
+    @property
+    def batches(self) -> list[Batch]:
+        """All it has, in the order it got them."""
+        return [*self.saving.values(), *([self.batch] if self.batch else [])]
+
+    @property
     def holds(self) -> frozenset[str]:
         """What it has resident, or will have once its batch has ended."""
         return frozenset(self.batch.needs) if self.batch else self.resident
@@ -57,6 +77,7 @@ class Worker:
     def is_gone(self) -> None:
         """Its process has ended; one that is out for good stays so."""
         self.batch, self.resident, self.ending = None, frozenset(), ""
+        self.saving, self.secluded = {}, False
         if self.state != "quarantined":
             self.state = "absent"
 
@@ -77,8 +98,8 @@ class Board:
     in_flight: dict[int, Entry] = field(default_factory=dict)
 
     def idle(self) -> list[Worker]:
-        """Workers that wait, in order of their numbers."""
-        return [worker for worker in self.workers.values() if worker.state == "idle"]
+        """Workers that could take a batch, in order of their numbers."""
+        return [worker for worker in self.workers.values() if worker.has_room]
 
 
 class Policy(Protocol):
@@ -231,7 +252,8 @@ class Window(Dynamic):
 
     def _room(self, worker: Worker, board: Board) -> int:
         slowest = min(other.completed for other in board.workers.values() if other.live)
-        return self.lead - (worker.completed - slowest)
+        under_way = sum(len(batch.tickets) for batch in worker.batches)
+        return self.lead - (worker.completed + under_way - slowest)
 
     def may(self, worker: Worker, board: Board) -> bool:
         """Only with room on the leash."""

@@ -92,6 +92,21 @@ class PlannedTask:
 
 
 @dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a diffusion model is made fast on a GPU. Only `precision` is part of the model's revision.
+
+    `compile` compiles the repeated blocks and the VAE's decoder, warmed up for pictures of `sizes` (width, height) in
+    batches of `batch`. `precision` is `bf16` or `fp8`. `attention` names a back end of diffusers, or is `auto`.
+    """
+
+    compile: bool = False
+    precision: str = "bf16"
+    attention: str = "auto"
+    sizes: tuple[tuple[int, int], ...] = ()
+    batch: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A model that a worker can load: where it is, what kind it is, and which code revision of it.
 
@@ -108,6 +123,7 @@ class ModelSpec:
     dtype: str = "auto"
     memory: int = 0
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    tuning: Tuning = Tuning()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +142,8 @@ class WorkerSpec:
 
     `device` is a torch device as the worker sees it (`cpu`, `cuda:0`); `label` is what people read (`GPU 2`, `CPU 0`).
     `environment` is set before the interpreter of a worker process starts. `model` is loaded at the start. `log` is the
-    path of the worker's own log file, or empty.
+    path of the worker's own log file, or empty. `ahead` says that it takes the next batch while it saves the pictures of
+    the one before: a GPU then never waits, and a worker that dies costs both.
     """
 
     worker: int
@@ -137,6 +154,7 @@ class WorkerSpec:
     threads: int = 1
     log: str = ""
     log_level: str = "info"
+    ahead: bool = False
 
 
 # --- batches and what comes back --------------------------------------------------------------------------------------
@@ -162,13 +180,27 @@ class Batch:
 @dataclass(frozen=True, slots=True)
 class WorkOrder:
     """A batch as a worker receives it: the tasks themselves in the order of the batch's tickets, the model that runs
-    them and where the pictures go. A worker that holds another model changes it."""
+    them and where the pictures go. A worker that holds another model changes it. `coming` are adapters that tasks still
+    waiting need: the worker may read them meanwhile."""
 
     batch: int
     model: ModelSpec
     sink: SinkSpec
     tasks: tuple[PlannedTask, ...]
     attempts: tuple[int, ...]
+    coming: tuple[Lora, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One stage of a worker: `start` on the machine's monotonic clock, in seconds. `on_device` tells the stages that keep
+    the device busy from those of the CPU. `seq` is the first task of the batch; None for loading."""
+
+    stage: str
+    start: float
+    seconds: float
+    on_device: bool = True
+    seq: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +317,8 @@ class WorkerReady:
     resident: frozenset[str]
     seconds: float = 0.0
     memory: int = 0
+    spans: tuple[Span, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,8 +334,20 @@ class WorkerBeat:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchMade:
+    """A worker has handed a batch to its device and can take the next; the pictures are still to be saved."""
+
+    worker: int
+    batch: int
+    resident: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class BatchEnded:
-    """A worker has ended a batch: each member has a receipt or a failure."""
+    """A worker has ended a batch: each member has a receipt or a failure.
+
+    `notes` are lines for the log and the report: what the worker had to change, as after running out of memory.
+    """
 
     worker: int
     batch: int
@@ -309,6 +355,8 @@ class BatchEnded:
     failures: tuple[Failure, ...]
     resident: frozenset[str]
     seconds: float = 0.0
+    spans: tuple[Span, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +384,7 @@ class Cancel:
 
 
 Event: TypeAlias = (
-    TasksArrived | SourceEnded | WorkerReady | WorkerBeat | BatchEnded | WorkerLost | Tick | Drain | Cancel
+    TasksArrived | SourceEnded | WorkerReady | WorkerBeat | BatchMade | BatchEnded | WorkerLost | Tick | Drain | Cancel
 )
 
 

@@ -7,14 +7,15 @@ tests, `imagemill plan` and the benchmarks run it under virtual time.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from imagemill.backlog import Backlog, Bucket, Entry
 from imagemill.policies import Board, Lockstep, Policy, Worker, create
 from imagemill.records import (
     Batch,
     BatchEnded,
+    BatchMade,
     Cancel,
     Command,
     Dispatch,
@@ -51,12 +52,17 @@ BLAME_AT_MOST = 3
 """A device is quarantined when this many tasks in a row failed on it and succeeded elsewhere."""
 
 
+def alone(needs: Sequence[str]) -> int:
+    """Every task is a batch of its own."""
+    return 1
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Bounds the scheduler keeps. Times are seconds.
 
     `task_timeout` is how long a worker may be silent in a batch (it beats at each denoising step), `load_timeout` the
-    same while loading. `batch` maps a first need (the model) to how many tasks may share a batch.
+    same while loading. `batch` says from the needs of a task how many alike may share its batch.
     """
 
     load_timeout: float = 1800.0
@@ -64,14 +70,15 @@ class Limits:
     max_attempts: int = 3
     parallel_loads: int = 1
     read_ahead: int = 1024
-    batch: Mapping[str, int] = field(default_factory=dict)
+    batch: Callable[[Sequence[str]], int] = alone
 
 
 class Scheduler:
     """Decides for one run. `workers` maps numbers to the names of their devices.
 
     `crew` are workers of an earlier run that go on as they are. `on(event, now)` takes a fact and returns what to do. A
-    task is settled exactly once; a worker has one batch at a time; after `Halt` nothing follows.
+    task is settled exactly once; after `Halt` nothing follows. A worker has one batch on its device, and up to
+    `SAVING_AT_MOST` whose pictures it is still saving.
     """
 
     def __init__(
@@ -134,7 +141,7 @@ class Scheduler:
     def wake_at(self) -> float | None:
         """When a `Tick` will change something; None if only an event can. Never before the last event."""
         clock, workers = self._clock or 0.0, self.board.workers.values()
-        moments = [max(clock, worker.deadline) for worker in workers if worker.state in ("loading", "busy")]
+        moments = [max(clock, worker.deadline) for worker in workers if _watched(worker)]
         starts = [worker.not_before for worker in workers if worker.state == "absent"]
         moments += [moment for moment in (*starts, *self.board.backlog.retry_times()) if moment > clock]
         return min((moment for moment in moments if moment < float("inf")), default=None)
@@ -162,6 +169,8 @@ class Scheduler:
                 self._on_ready(self.board.workers[number], resident)
             case WorkerBeat(number):
                 self._extend(self.board.workers[number], now)
+            case BatchMade():
+                self._on_batch_made(event, now)
             case BatchEnded():
                 commands += self._on_batch_ended(event, now)
             case WorkerLost():
@@ -179,10 +188,10 @@ class Scheduler:
         match event:
             case WorkerReady(number, resident):
                 self._on_ready(self.board.workers[number], resident)
-            case BatchEnded(number):
-                worker = self.board.workers[number]
-                if worker.state == "busy":
-                    worker.state, worker.batch, worker.resident = "idle", None, event.resident
+            case BatchMade():
+                self._on_batch_made(event, self._clock or 0.0)
+            case BatchEnded():
+                self._take_back(event)
             case WorkerLost(number):
                 self.board.workers[number].is_gone()
 
@@ -193,17 +202,37 @@ class Scheduler:
             worker.completed = min(live, default=0)
 
     def _extend(self, worker: Worker, now: float) -> None:
-        if worker.state == "busy":
-            worker.deadline = now + self.limits.task_timeout
-        elif worker.state == "loading" and not worker.ending:
+        if worker.state == "loading" and not worker.ending:
             worker.deadline = now + self.limits.load_timeout
+        elif worker.live and worker.batches:
+            worker.deadline = now + self.limits.task_timeout
 
-    def _on_batch_ended(self, event: BatchEnded, now: float) -> list[Command]:
+    def _on_batch_made(self, event: BatchMade, now: float) -> None:
         worker = self.board.workers[event.worker]
         batch = worker.batch
-        if batch is None or batch.id != event.batch or worker.state != "busy":
-            return []
+        if batch is not None and batch.id == event.batch and worker.state == "busy":
+            worker.batch, worker.state, worker.resident = None, "idle", event.resident
+            worker.saving[batch.id] = batch
+            self._extend(worker, now)
+
+    def _take_back(self, event: BatchEnded) -> Batch | None:
+        """The ended batch, which its worker has no more; None when that is no news."""
+        worker = self.board.workers[event.worker]
+        if not worker.live:
+            return None
+        if event.batch in worker.saving:
+            return worker.saving.pop(event.batch)
+        batch = worker.batch
+        if batch is None or batch.id != event.batch:
+            return None
         worker.batch, worker.state, worker.resident = None, "idle", event.resident
+        return batch
+
+    def _on_batch_ended(self, event: BatchEnded, now: float) -> list[Command]:
+        worker, batch = self.board.workers[event.worker], self._take_back(event)
+        if batch is None:
+            return []
+        self._extend(worker, now)
         worker.completed += len(batch.tickets)
         receipts = {receipt.seq: receipt for receipt in event.receipts}
         failures = {failure.seq: failure for failure in event.failures}
@@ -255,9 +284,10 @@ class Scheduler:
 
     def _on_lost(self, event: WorkerLost, now: float) -> list[Command]:
         worker = self.board.workers[event.worker]
-        if worker.state in ("absent", "quarantined") and worker.batch is None:
+        batches = worker.batches
+        if worker.state in ("absent", "quarantined") and not batches:
             return []
-        loading, batch = worker.state in ("waiting", "loading"), worker.batch
+        loading = worker.state in ("waiting", "loading")
         kind: Kind = "timeout" if worker.ending.startswith("silent") else event.kind
         message = f"worker {worker.id} ({worker.device}): {worker.ending or event.message or 'it died'}"
         self._last_loss = message
@@ -267,10 +297,11 @@ class Scheduler:
         if worker.usable:
             worker.not_before = now + backoff(worker.losses, first=0.5 if worker.losses == 1 else 1.0)
         commands: list[Command] = []
-        members = list(zip(batch.tickets, batch.attempts, strict=True)) if batch else []
-        for ticket, attempt in members:
-            entry = self.board.in_flight.pop(ticket.seq)
-            commands += self._failed(worker, entry, Failure(ticket.seq, attempt, kind, message), len(members), now)
+        for batch in batches:
+            for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True):
+                entry = self.board.in_flight.pop(ticket.seq)
+                failure = Failure(ticket.seq, attempt, kind, message)
+                commands += self._failed(worker, entry, failure, len(batch.tickets), now)
         if loading and event.kind == "bad_model":
             self._end = self._end or Halt("bad_model", event.message)
         if worker.losses >= LOSSES_AT_MOST or worker.failed_loads >= LOADS_AT_MOST:
@@ -278,7 +309,7 @@ class Scheduler:
         return commands
 
     def _overdue(self, now: float) -> list[Command]:
-        late = [w for w in self.board.workers.values() if w.state in ("loading", "busy") and now >= w.deadline]
+        late = [worker for worker in self.board.workers.values() if _watched(worker) and now >= worker.deadline]
         return [
             self._kill(
                 worker,
@@ -360,6 +391,8 @@ class Scheduler:
             if not self.policy.may(worker, self.board):
                 continue
             retry = next((e for e in self.board.backlog.retries(now) if self._takes(worker, e, now)), None)
+            if retry and worker.saving:
+                continue  # what was under way when a worker died shall not share the next one's fate
             entries = [retry] if retry else self.policy.choose(worker, self.board)
             if entries:
                 commands.append(self._dispatch(worker, entries, now))
@@ -394,11 +427,11 @@ class Scheduler:
             self._batches, tuple(entry.ticket for entry in entries), tuple(entry.attempt for entry in entries)
         )
         worker.state, worker.batch, worker.deadline = "busy", batch, now + self.limits.task_timeout
+        worker.secluded = any(entry.alone for entry in entries)
         return Dispatch(worker.id, batch)
 
     def _batch_limit(self, entry: Entry) -> int:
-        needs, _ = entry.bucket
-        asked = self.limits.batch.get(needs[0], 1) if needs else 1
+        asked = self.limits.batch(entry.ticket.needs)
         return min(asked, self._oom_limits.get(entry.bucket, asked))
 
     def _account(self, now: float) -> None:
@@ -411,7 +444,7 @@ class Scheduler:
             return
         held = self.board.backlog.waiting() > 0 or (isinstance(self.policy, Lockstep) and bool(self.board.in_flight))
         for worker in self.board.workers.values():
-            if worker.state == "idle":
+            if worker.state == "idle" and not worker.saving:
                 worker.idle += passed
                 worker.held += passed if held else 0.0
 
@@ -420,4 +453,9 @@ def _fresh(number: int, device: str, known: Worker | None) -> Worker:
     """A worker at the start of a run: its state goes on, its counters begin anew."""
     if known is None:
         return Worker(number, device)
-    return replace(known, completed=0, idle=0.0, held=0.0, batch=None)
+    return replace(known, completed=0, idle=0.0, held=0.0, batch=None, saving={}, secluded=False)
+
+
+def _watched(worker: Worker) -> bool:
+    """Whether it must give a sign of life before its deadline."""
+    return worker.state in ("loading", "busy") or bool(worker.saving)

@@ -13,7 +13,17 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from imagemill.records import BatchEnded, PlannedTask, Task, WorkerBeat, WorkerLost, WorkerReady, WorkerSpec, WorkOrder
+from imagemill.records import (
+    BatchEnded,
+    BatchMade,
+    PlannedTask,
+    Task,
+    WorkerBeat,
+    WorkerLost,
+    WorkerReady,
+    WorkerSpec,
+    WorkOrder,
+)
 
 MAX_FRAME = 64 * 2**20
 """Bytes; a longer frame is taken for garbage."""
@@ -34,7 +44,7 @@ class Leave:
 
 MESSAGES: dict[str, type[Any]] = {
     kind.__name__: kind
-    for kind in (WorkerSpec, LoadModel, WorkOrder, Leave, WorkerReady, WorkerBeat, BatchEnded, WorkerLost)
+    for kind in (WorkerSpec, LoadModel, WorkOrder, Leave, WorkerReady, WorkerBeat, BatchMade, BatchEnded, WorkerLost)
 }
 
 

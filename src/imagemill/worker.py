@@ -16,31 +16,14 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
-from imagemill import picture, runners, sinks, wire
-from imagemill.errors import BadOutput, StoreFailed, classify
-from imagemill.records import (
-    SEMANTICS_VERSION,
-    Answer,
-    BatchEnded,
-    Event,
-    Failure,
-    ModelSpec,
-    PlannedTask,
-    Receipt,
-    SinkSpec,
-    WorkerBeat,
-    WorkerLost,
-    WorkerReady,
-    WorkerSpec,
-    WorkOrder,
-)
-from imagemill.runners import Beat, Result, Runner
-from imagemill.version import __version__
+from imagemill import runners, sinks, wire
+from imagemill.errors import classify
+from imagemill.records import Event, ModelSpec, SinkSpec, WorkerBeat, WorkerLost, WorkerReady, WorkerSpec, WorkOrder
+from imagemill.runners import Beat, Runner
+from imagemill.saving import Saver
 
 BEAT_INTERVAL = 0.05
 """Seconds between two beats at least: a fast model must not flood the driver."""
@@ -48,19 +31,18 @@ BEAT_INTERVAL = 0.05
 PARENT_CHECK = 2.0
 """Seconds between two looks at the parent's pid."""
 
-MAX_ANSWER = 200_000
-"""Characters of a judge's answer; 64 of them fit into one frame."""
-
 log = logging.getLogger("imagemill.worker")
 
 
 class Worker:
-    """One worker's work. Used by one thread. `emit` takes its events; `check` is called at each beat and may raise."""
+    """One worker's work. Used by one thread. `emit` takes its events, from any thread; `check` is called at each beat and
+    may raise."""
 
     def __init__(self, spec: WorkerSpec, emit: Callable[[Event], None], check: Callable[[], None]) -> None:
         self.spec = spec
         self._emit = emit
         self._check = check
+        self._saver = Saver(spec.worker, emit, ahead=spec.ahead)
         self._runner: Runner | None = None
         self._loaded: ModelSpec | None = None
         self._last_beat = 0.0
@@ -87,7 +69,8 @@ class Worker:
             return self._give_up(error)
         seconds = time.monotonic() - started
         log.info("loaded %s in %.1f s", self.spec.model.name, seconds)
-        self._emit(WorkerReady(self.spec.worker, runner.resident, seconds, runner.memory()[0]))
+        memory = runner.memory()[0]
+        self._emit(WorkerReady(self.spec.worker, runner.resident, seconds, memory, runner.spans(), runner.notes()))
         return True
 
     def _give_up(self, error: Exception) -> bool:
@@ -97,29 +80,28 @@ class Worker:
         return False
 
     def work(self, order: WorkOrder) -> None:
-        """Run a batch; every task of it comes back as a receipt or a failure in one `BatchEnded`."""
-        started, self._peak = time.monotonic(), 0
-        attempts = {planned.ticket.seq: attempt for planned, attempt in zip(order.tasks, order.attempts, strict=True)}
-        waiting = {planned.ticket.seq: planned for planned in order.tasks}
-        receipts: list[Receipt] = []
-        failures: list[Failure] = []
+        """Run a batch. Returns when the device has it all; `BatchEnded` follows, with a receipt or a failure for every
+        task, when the pictures are saved."""
+        self._peak = 0
+        batch = self._saver.batch(order)
         try:
             runner = self._host(order.model)
             sink = self._sink(order.sink)
+            runner.expect(order.coming)
             for result in runner.run(order, self._beat(runner)):
-                planned = waiting.pop(result.seq)
-                try:
-                    receipts.append(self._keep(result, planned, attempts[result.seq], runner, sink))
-                except Exception as error:
-                    failures.append(_failure(error, result.seq, attempts[result.seq]))
+                batch.take(result, sink)
+            self._memory(runner)
         except Exception as error:
-            failures += [_failure(error, seq, attempts[seq]) for seq in waiting]
+            batch.fail(error)
         resident = self._runner.resident if self._runner else frozenset()
-        seconds = time.monotonic() - started
-        self._emit(BatchEnded(self.spec.worker, order.batch, tuple(receipts), tuple(failures), resident, seconds))
+        batch.made(resident, self._peak, self._runner.notes() if self._runner else ())
 
     def close(self) -> None:
-        """Free what the model holds."""
+        """Wait for what is being saved and free what the model holds."""
+        self._saver.close()
+        self._drop()
+
+    def _drop(self) -> None:
         if self._runner is not None:
             self._runner.unload()
             self._runner, self._loaded = None, None
@@ -133,7 +115,7 @@ class Worker:
         """The runner that holds the model; another model leaves the device first."""
         if self._runner is not None and self._loaded == model:
             return self._runner
-        self.close()
+        self._drop()
         runner = runners.create(model.runner, self.spec.device, self.spec.threads)
         try:
             runner.load(model, self._beat(runner))
@@ -160,59 +142,6 @@ class Worker:
         self._peak = max(self._peak, peak)
         return now
 
-    def _keep(self, result: Result, planned: PlannedTask, attempt: int, runner: Runner, sink: sinks.Sink) -> Receipt:
-        if result.error is not None:
-            raise result.error
-        image, task = result.image, planned.task
-        if task.width is None:
-            return self._answered(result, attempt, runner)
-        if image is None:
-            raise BadOutput("the runner gave neither picture nor error")
-        if image.size != (task.width, task.height):
-            raise BadOutput(f"the picture has {image.size[0]}x{image.size[1]} pixels, not {task.width}x{task.height}")
-        started = time.monotonic()
-        self._memory(runner)
-        facts = {"batch_size": result.batch_size, "imagemill": __version__, "semantics": SEMANTICS_VERSION}
-        try:
-            stored = sink.store(image, planned, attempt, facts)
-        except OSError as error:
-            raise StoreFailed(f"the output folder refuses {task.output_path}: {error}") from error
-        return Receipt(
-            seq=result.seq,
-            attempt=attempt,
-            width=image.width,
-            height=image.height,
-            bytes=stored.bytes,
-            sha256=stored.sha256,
-            temporary=stored.temporary,
-            path=stored.path,
-            batch_size=result.batch_size,
-            seconds={**result.seconds, "save": time.monotonic() - started},
-            flags=picture.flags(image),
-            peak_memory=self._peak,
-        )
-
-    def _answered(self, result: Result, attempt: int, runner: Runner) -> Receipt:
-        """The receipt of a judge's answer: it travels whole, and nothing is stored."""
-        if result.answer is None or result.image is not None:
-            raise BadOutput("the runner gave no answer to a task that asks for one")
-        self._memory(runner)
-        made = Receipt(result.seq, attempt, 0, 0, batch_size=result.batch_size, seconds=result.seconds)
-        return replace(made, peak_memory=self._peak, answer=_plain(result.answer))
-
-
-def _plain(answer: Answer) -> Answer:
-    """The answer as any file can hold it. Raises `BadOutput` when it is longer than the ledger takes."""
-    if len(answer.text) > MAX_ANSWER:
-        raise BadOutput(f"the answer has {len(answer.text):,} characters; at most {MAX_ANSWER:,} are taken")
-    return replace(answer, text=answer.text.encode("utf-8", "replace").decode())
-
-
-def _failure(error: Exception, seq: int, attempt: int) -> Failure:
-    fault = classify(error)
-    log.warning("task %d, attempt %d: %s\n%s", seq, attempt, fault, "".join(traceback.format_exception(error)))
-    return Failure(seq, attempt, fault.kind, str(fault), ends_run=isinstance(fault, StoreFailed))
-
 
 # --- the process ------------------------------------------------------------------------------------------------------
 
@@ -234,7 +163,13 @@ def main(argv: Sequence[str]) -> None:
     logging.basicConfig(
         level=spec.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    serve(spec, inbox, lambda event: pipe.sendall(wire.frame(event)))
+    speaking = threading.Lock()
+
+    def emit(event: Event) -> None:
+        with speaking:
+            pipe.sendall(wire.frame(event))
+
+    serve(spec, inbox, emit)
 
 
 def serve(spec: WorkerSpec, inbox: queue.SimpleQueue[Any], emit: Callable[[Event], None]) -> None:

@@ -14,7 +14,7 @@ from tiny_model import LONG, by_whole_call, loaded, picture, pixels, planned, ru
 from imagemill.families import family
 from imagemill.records import ModelSpec
 from imagemill.runners import Cancelled
-from imagemill.runners.diffusion import DiffusionRunner, finish
+from imagemill.runners.diffusion import DiffusionRunner, all_finite, finish, to_levels
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_batch_of_four_is_at_most_one_level_from_singles(runner: DiffusionRunn
 
 def test_eight_steps_are_eight_forward_passes(runner: DiffusionRunner) -> None:
     calls = []
-    handle = runner._pipe.transformer.register_forward_hook(lambda *call: calls.append(1))
+    handle = runner._pipe.transformer.layers[0].register_forward_hook(lambda *call: calls.append(1))
     run(runner, planned(steps=family("z_image").defaults.steps))
     handle.remove()
     assert len(calls) == 8
@@ -102,12 +102,13 @@ def test_memory_says_bytes_now_and_at_the_peak(runner: DiffusionRunner) -> None:
 
 def test_nan_and_a_wrong_size_are_bad_outputs() -> None:
     task = planned().task
-    good = torch.full((3, 64, 64), 0.5)
-    assert np.asarray(finish(good, task))[0, 0, 0] == 128
-    bad = good.clone()
-    bad[1, 2, 3] = float("nan")
-    assert str(finish(bad, task)) == "the picture contains NaN"
-    assert "the picture is 32x64 with 3 channels" in str(finish(good[:, :, :32], task))
+    good = torch.full((2, 3, 64, 64), 0.5)
+    good[1, 1, 2, 3] = float("nan")
+    assert all_finite(good).tolist() == [True, False]
+    first, second = to_levels(good)
+    assert np.asarray(finish(first, True, task))[0, 0, 0] == 128
+    assert str(finish(second, False, task)) == "the picture contains NaN"
+    assert "the picture is 32x64 with 3 channels" in str(finish(first[:, :32], True, task))
 
 
 def test_nan_in_one_picture_of_a_batch_costs_that_picture(

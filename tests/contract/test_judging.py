@@ -19,9 +19,10 @@ from imagemill.ledger import FILE_NAME, Ledger
 from imagemill.records import Answer, BatchEnded, PlannedTask, Receipt, SinkSpec, Ticket, WorkerSpec, WorkOrder
 from imagemill.report import write_reports
 from imagemill.report.results import results
-from imagemill.runners import Result
+from imagemill.runners import Result, Untold
+from imagemill.saving import MAX_ANSWER
 from imagemill.wire import FrameReader, frame
-from imagemill.worker import MAX_ANSWER, Worker
+from imagemill.worker import Worker
 
 
 def picture(path: Path, seed: int = 0) -> str:
@@ -223,7 +224,7 @@ def test_an_answer_goes_over_the_pipe_as_it_is() -> None:
     assert event.receipts == (receipt,)
 
 
-class OddRunner:
+class OddRunner(Untold):
     """Gives what it was made with."""
 
     def __init__(self, **result: Any) -> None:

@@ -51,7 +51,7 @@ def planned(seq: int = 1, prompt: str = "a cat on a mat", **changes: Any) -> Pla
 
 def run(runner: DiffusionRunner, *members: PlannedTask, beat: Any = no_beat, model: ModelSpec = SPEC) -> list[Result]:
     order = WorkOrder(batch=1, model=model, sink=SinkSpec(), tasks=members, attempts=(1,) * len(members))
-    return list(runner.run(order, beat))
+    return [result.landed() for result in runner.run(order, beat)]
 
 
 def pixels(result: Result) -> Pixels:

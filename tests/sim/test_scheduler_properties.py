@@ -64,7 +64,7 @@ def worlds(draw: st.DrawFn, policy: str, faulty: bool = True, stops: bool = Fals
         max_attempts=draw(st.integers(1, 4)),
         parallel_loads=draw(st.integers(1, 3)),
         read_ahead=draw(st.sampled_from([1, 2, 5, 1024])),
-        batch={"model:m": batch},
+        batch=lambda _: batch,
     )
     lead = draw(st.integers(1, 4))
     world = World(
@@ -123,7 +123,7 @@ def test_without_faults_each_task_is_tried_once(policy: str, data: st.DataObject
 def test_attempts_are_bounded(policy: str, data: st.DataObject) -> None:
     world = data.draw(worlds(policy)).run()
     limits = world.limits
-    bound = most_attempts(limits.max_attempts, limits.batch["model:m"])
+    bound = most_attempts(limits.max_attempts, limits.batch(("model:m",)))
     assert max(world.attempts.values(), default=0) <= bound
 
 

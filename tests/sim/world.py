@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+from imagemill.policies import SAVING_AT_MOST
 from imagemill.records import (
     Batch,
     BatchEnded,
+    BatchMade,
     Cancel,
     Command,
     Dispatch,
@@ -69,6 +71,12 @@ class Process:
     gone: bool = False
     batch: Batch | None = None
     resident: frozenset[str] = frozenset()
+    saving: dict[int, Batch] = field(default_factory=dict)
+
+    @property
+    def batches(self) -> list[Batch]:
+        """Those whose pictures it saves, and the one on its device."""
+        return [*self.saving.values(), *([self.batch] if self.batch else [])]
 
 
 @dataclass
@@ -83,6 +91,7 @@ class World:
     pause: float = 0.0  # the longest wait between two chunks of the source
     load_seconds: Callable[[Random], float] = lambda rng: 0.0
     seconds: Callable[[Ticket, Random], float] = lambda ticket, rng: ticket.cost
+    ahead: float = 0.5  # how likely a batch leaves the device before it has ended
     stop_at: float | None = None
     stop_with: Event = field(default_factory=Drain)
 
@@ -98,6 +107,7 @@ class World:
         self.spawned: set[int] = set()
         self.switches = 0
         self.completed: dict[int, int] = {}
+        self.suspects: set[int] = set()  # tasks that were with a worker when it died
         self.lead = 0  # the most tasks that a ready worker was ahead of another
         self.quarantined: set[int] = set()
         self.dispatched_after_stop = 0
@@ -130,7 +140,8 @@ class World:
 
     def in_flight(self) -> set[int]:
         """Tasks that a worker has been given and that have not come back."""
-        return {t.seq for process in self._processes.values() if process.batch for t in process.batch.tickets}
+        batches = [batch for process in self._processes.values() for batch in process.batches]
+        return {ticket.seq for batch in batches for ticket in batch.tickets}
 
     def _step(self) -> None:
         wake = self.scheduler.wake_at()
@@ -151,21 +162,30 @@ class World:
                 process.state, process.resident = "ready", resident
                 others = [self.completed[other.worker] for other in self._ready() if other is not process]
                 self.completed[worker] = min(others, default=0)
+            case BatchMade(worker, batch, resident) if process and process.batch and process.batch.id == batch:
+                process.saving[batch] = process.batch
+                process.batch, process.resident = None, resident
+            case BatchEnded(worker, batch, resident=resident) if process and batch in process.saving:
+                self._count_ended(worker, process.saving.pop(batch))
             case BatchEnded(worker, batch, resident=resident) if (
                 process and process.batch and process.batch.id == batch
             ):
-                self.completed[worker] += len(process.batch.tickets)
-                process.batch, process.resident = None, resident
-                counts = [self.completed[one.worker] for one in self._ready()]
-                self.lead = max(self.lead, max(counts, default=0) - min(counts, default=0))
-            case WorkerLost() if process:
-                process.gone, process.batch = True, None
+                ended, process.batch, process.resident = process.batch, None, resident
+                self._count_ended(worker, ended)
+            case WorkerLost(worker) if process:
+                self.suspects |= {ticket.seq for one in process.batches for ticket in one.tickets}
+                process.gone, process.batch, process.saving = True, None, {}
                 del self._processes[process.worker]
             case Drain() | Cancel():
                 self._stopped = True
             case TasksArrived():
                 self._feeding = False
         self._tell(event)
+
+    def _count_ended(self, worker: int, batch: Batch) -> None:
+        self.completed[worker] += len(batch.tickets)
+        counts = [self.completed[one.worker] for one in self._ready()]
+        self.lead = max(self.lead, max(counts, default=0) - min(counts, default=0))
 
     def _ready(self) -> list[Process]:
         return [process for process in self._processes.values() if process.state == "ready" and not process.killed]
@@ -279,10 +299,13 @@ class World:
         assert process, "a batch for a worker that is dead"
         assert not process.killed, "a batch for a worker that was killed"
         assert process.state == "ready", "a batch for a worker that is not ready"
-        assert process.batch is None, "a second batch"
+        assert process.batch is None, "a second batch on the device"
+        assert len(process.saving) < SAVING_AT_MOST, "more pictures than a worker may hold"
+        in_company = [ticket.seq for one in (*process.saving.values(), batch) for ticket in one.tickets]
+        assert len(in_company) == 1 or not self.suspects & set(in_company), "company for a task under suspicion"
         assert batch.tickets
         assert len({ticket.needs for ticket in batch.tickets}) == 1, "a batch of unlike tasks"
-        assert len(batch.tickets) <= self.limits.batch.get(batch.needs[0] if batch.needs else "", 1)
+        assert len(batch.tickets) <= self.limits.batch(batch.needs)
         taken = self.in_flight()
         for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True):
             assert ticket.seq not in taken, "a task that another worker has"
@@ -307,7 +330,10 @@ class World:
                 self._later(late, process, self._ended_batch(process, batch))
             return
         self._beats(process, delay, self.limits.task_timeout)
-        self._echo(delay, process, self._ended_batch(process, batch))
+        ended = self._ended_batch(process, batch)
+        if self.rng.random() < self.ahead:
+            self._echo(delay * self.rng.uniform(0.1, 1), process, BatchMade(worker, batch.id, ended.resident))
+        self._echo(delay, process, ended)
 
     def _ended_batch(self, process: Process, batch: Batch) -> BatchEnded:
         faults, rng = self.faults, self.rng

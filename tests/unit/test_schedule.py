@@ -121,7 +121,7 @@ def given(commands: Iterable[Command]) -> dict[int, list[int]]:
 
 
 def test_a_killed_worker_costs_only_its_own_batch() -> None:
-    story = Story(batch={"model:m": 2})
+    story = Story(batch=lambda _: 2)
     story.tasks(4)
     story.dies(0)
     assert story.of(Settle) == []
@@ -181,7 +181,7 @@ def test_a_worker_on_the_leash_does_not_keep_a_retry_from_the_only_other_one() -
 
 
 def test_the_members_of_a_killed_batch_are_tried_alone_and_only_the_poison_one_is_given_up() -> None:
-    story = Story(workers=2, batch={"model:m": 3})
+    story = Story(workers=2, batch=lambda _: 3)
     story.tasks(3)
     story.dies(0)
     while story.goes_on():
@@ -280,7 +280,7 @@ def test_a_worker_that_is_ready_only_after_it_was_killed_gets_nothing() -> None:
 
 
 def test_out_of_memory_splits_the_batch_and_the_limit_is_remembered() -> None:
-    story = Story(workers=1, batch={"model:m": 8})
+    story = Story(workers=1, batch=lambda _: 8)
     story.tasks(16)
     assert len(story.batch(0).tickets) == 8
     story.fails(0, "oom")
@@ -294,7 +294,7 @@ def test_out_of_memory_splits_the_batch_and_the_limit_is_remembered() -> None:
 
 
 def test_the_limit_after_out_of_memory_holds_for_its_own_kind_of_batch_only() -> None:
-    story = Story(workers=1, batch={"model:m": 4})
+    story = Story(workers=1, batch=lambda _: 4)
     story.tell(
         TasksArrived(tuple(Ticket(seq, NEEDS, "large" if seq < 4 else "small") for seq in range(8))), SourceEnded()
     )
@@ -317,7 +317,7 @@ def test_a_lone_task_out_of_memory_is_tried_once_more_then_given_up() -> None:
 
 
 def test_a_batch_too_large_for_one_device_does_not_count_against_that_device() -> None:
-    story = Story(workers=2, batch={"model:m": 16})
+    story = Story(workers=2, batch=lambda _: 16)
     story.tell(TasksArrived(tuple(Ticket(seq, NEEDS, str(seq // 16)) for seq in range(32))), SourceEnded())
     story.fails(0, "oom")
     story.fails(1, "oom")

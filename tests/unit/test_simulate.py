@@ -76,7 +76,7 @@ def test_a_switch_is_counted_by_the_place_of_the_need_and_takes_its_time() -> No
 
 
 def test_a_batch_takes_the_sum_of_its_tasks_and_switches_once() -> None:
-    limits = Limits(batch={"model:m": 4})
+    limits = Limits(batch=lambda _: 4)
     result = simulate(tickets(*[1.0] * 8, needs=A), 1, limits=limits, world=World(switch_seconds=(0.0, 0.5)))
     assert result.makespan == 8.5
     assert result.switches == (1, 1)

@@ -57,6 +57,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(inner)
     if origin in (Union, UnionType):
         return st.one_of(*map(values, inner))
+    if origin is tuple and Ellipsis not in inner:
+        return st.tuples(*map(values, inner))
     if origin is tuple:
         return st.lists(values(inner[0]), max_size=3).map(tuple)
     if origin is frozenset:

@@ -6,14 +6,14 @@ or the error of that task alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Protocol
 
 from imagemill.errors import BadModel, TaskError
-from imagemill.records import Answer, ModelSpec, WorkOrder
+from imagemill.records import Answer, Lora, ModelSpec, Span, WorkOrder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,7 +28,11 @@ class Cancelled(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one task: exactly one of `image`, `answer` and `error` is there. `seconds` maps stages to seconds."""
+    """What became of one task: exactly one of `image`, `answer`, `error` and `arrive` is there.
+
+    `seconds` maps stages to seconds. `arrive` is a picture that is still on its way from the device: call it, once and
+    on any thread, for the result itself. `spans` are the stages of the whole batch, with one of its results.
+    """
 
     seq: int
     image: Image | None = None
@@ -36,13 +40,20 @@ class Result:
     error: TaskError | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     batch_size: int = 1
+    arrive: Callable[[], Result] | None = None
+    marks: tuple[str, ...] = ()
+    spans: tuple[Span, ...] = ()
+
+    def landed(self) -> Result:
+        """The result itself; waits for a picture that is on its way."""
+        return self.arrive() if self.arrive is not None else self
 
 
 class Runner(Protocol):
     """Hosts one model on one device. Built by `create(device, threads)`; used by one thread."""
 
     def prepare(self, spec: ModelSpec) -> None:
-        """Import what loading the model will need; touches no device. Raises `BadModel` as `load` does."""
+        """Import what loading the model will need and open the device. Raises `BadModel` as `load` does."""
 
     def load(self, spec: ModelSpec, beat: Beat) -> None:
         """Load the model. Raises `BadModel` when the folder can never load, other errors otherwise."""
@@ -53,6 +64,9 @@ class Runner(Protocol):
         An error that concerns the whole batch (out of memory, a poisoned context) is raised instead.
         """
 
+    def expect(self, loras: Sequence[Lora]) -> None:
+        """Adapters of tasks that may come next; they can be read meanwhile."""
+
     def unload(self) -> None:
         """Free everything on the device."""
 
@@ -62,6 +76,27 @@ class Runner(Protocol):
 
     def memory(self) -> tuple[int, int]:
         """Bytes in use on the device now, and at the peak since the last call."""
+
+    def spans(self) -> tuple[Span, ...]:
+        """The parts of loading, for the trace."""
+
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the log and the report that came up since the last call: what the runner chose or had to change."""
+
+
+class Untold:
+    """For runners that read nothing ahead and have nothing to say of their loading or of what they had to change."""
+
+    def expect(self, loras: Sequence[Lora]) -> None:
+        """Nothing is read ahead."""
+
+    def spans(self) -> tuple[Span, ...]:
+        """None."""
+        return ()
+
+    def notes(self) -> tuple[str, ...]:
+        """None."""
+        return ()
 
 
 def create(name: str, device: str, threads: int) -> Runner:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import gc
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imagemill.errors import BadModel, BadOutput, BadTask, TaskError
+from imagemill.errors import BadModel, BadOutput, BadTask, OutOfMemory, TaskError, classify
 from imagemill.families import Family
 from imagemill.plan import adapters_need
-from imagemill.records import Lora, ModelSpec, Task, WorkOrder
+from imagemill.records import Lora, ModelSpec, PlannedTask, Span, Task, WorkOrder
 from imagemill.runners import Beat, Result
-from imagemill.runners.adapters import Adapters
+from imagemill.runners.adapters import Adapters, choose
+from imagemill.runners.ladder import Ladder, release
+from imagemill.runners.merged import Merged
 from imagemill.runners.references import Member, by_shapes, take_in
+from imagemill.runners.streams import HostLane, Lane, Stages, lane
 
 if TYPE_CHECKING:
     import torch
@@ -37,31 +42,41 @@ class DiffusionRunner:
     def __init__(self, device: str, threads: int = 1) -> None:
         self.device = device
         self.threads = threads
-        self.adapters = Adapters()
+        self.adapters: Adapters | Merged = Adapters()
+        self._ladder: Ladder | None = None
+        self._flying: Landing | None = None
         self._spec: ModelSpec | None = None
         self._pipe: Any = None
         self._family: Family | None = None
+        self._lane: Lane = HostLane()
         self._need = adapters_need(())
         self._shape = ""
+        self._spans: tuple[Span, ...] = ()
+        self._notes: list[str] = []
 
     def prepare(self, spec: ModelSpec) -> None:
         """Import torch, diffusers and the classes of the model's components."""
         from imagemill.runners import loading
 
-        loading.import_classes(spec)
+        loading.import_classes(spec, self.device)
 
     def load(self, spec: ModelSpec, beat: Beat) -> None:
         """Load the model; beats with the stage `load` and seq -1. Raises `BadModel` when the folder can never load."""
         import torch
 
-        from imagemill.runners import loading
+        from imagemill.runners import loading, tuning
 
         self.unload()
         quiet()
         torch.set_num_threads(self.threads)
         started = time.monotonic()
         try:
-            self._pipe, self._family = loading.load(spec, self.device, beat)
+            loaded = loading.load(spec, self.device, beat)
+            self._pipe, self._family, self._spans = loaded.pipe, loaded.family, loaded.spans
+            self._lane = lane(self.device)
+            self._ladder = Ladder(loaded.pipe, self.device, staged=is_staged(loaded.family))
+            self.adapters = choose(self.device, loaded.pipe)
+            self._notes += tuning.tune(loaded.pipe, loaded.family, spec.tuning, self.device, beat)
         except BaseException:
             self.unload()
             raise
@@ -94,7 +109,7 @@ class DiffusionRunner:
 
     def _run(self, family: Family, members: Sequence[Member], beat: Beat) -> Iterator[Result]:
         try:
-            results = self._batch(family, members, beat)
+            results = self._fitting(family, members, beat)
         except (BadTask, BadOutput) as error:
             if len(members) == 1:
                 results = [Result(members[0].planned.ticket.seq, error=error)]
@@ -104,51 +119,85 @@ class DiffusionRunner:
                 return
         yield from results
 
-    def _batch(self, family: Family, members: Sequence[Member], beat: Beat) -> list[Result]:
+    def _fitting(self, family: Family, members: Sequence[Member], beat: Beat) -> list[Result]:
+        """As `_batch`; out of memory, it waits for what is under way, and a batch of one then gives way step by step."""
+        size = (members[0].planned.task.width or 0, members[0].planned.task.height or 0)
+        assert self._ladder is not None, "a model is loaded"
+        while True:
+            try:
+                return self._batch(family, members, self._ladder, beat)
+            except Exception as error:
+                if not isinstance(classify(error), OutOfMemory):
+                    raise
+                if self._land_last():
+                    release(error)
+                    continue
+                note = self._ladder.step_down(error, size) if len(members) == 1 else None
+                if note is None:
+                    raise
+                log.warning(note)
+                self._notes.append(note)
+
+    def _land_last(self) -> bool:
+        """Wait for the pictures that are still on their way, which hold memory; False when there were none."""
+        flying, self._flying = self._flying, None
+        return flying is not None and flying.land()
+
+    def _batch(self, family: Family, members: Sequence[Member], ladder: Ladder, beat: Beat) -> list[Result]:
+        """Launch all stages of a batch; its pictures are on their way when this returns."""
         import torch
 
         tasks = [member.planned.task for member in members]
-        seq, size, steps = members[0].planned.ticket.seq, len(members), tasks[0].steps or 0
-        watch = Stopwatch(self.device, size)
-        self._apply(tasks[0].loras, watch)
+        seq, count, steps = members[0].planned.ticket.seq, len(members), tasks[0].steps or 0
+        lane, stages, size = self._lane, Stages(), (tasks[0].width or 0, tasks[0].height or 0)
+        with ladder.denoising(size):
+            self._apply(tasks[0].loras, stages)
         with torch.inference_mode():
             beat("encode", seq, 0, steps)
-            with watch.stage("encode"):
+            with ladder.encoding(size), lane.ahead(), lane.stage(stages, "encode"):
                 conditioning = family.encode(self._pipe, tasks, [member.pictures for member in members])
-            with watch.stage("denoise"):
+            with ladder.denoising(size), lane.stage(stages, "denoise"):
                 latents = family.denoise(
                     self._pipe, tasks, conditioning, lambda step, steps: beat("denoise", seq, step, steps)
                 )
             beat("decode", seq, steps, steps)
-            with watch.stage("decode"):
+            with ladder.decoding(size), lane.stage(stages, "decode"):
                 pictures = family.decode(self._pipe, tasks, latents)
-                if len(pictures) != size:
-                    raise BadOutput(f"{len(pictures)} pictures came out for {size} tasks")
-                made = [finish(picture, task) for picture, task in zip(pictures, tasks, strict=True)]
-        self._shape = f"shape:{tasks[0].width}x{tasks[0].height}"
+                if len(pictures) != count:
+                    raise BadOutput(f"{len(pictures)} pictures came out for {count} tasks")
+                levels, finite = lane.leave(to_levels(pictures)), lane.leave(all_finite(pictures))
+        self._shape = f"shape:{size[0]}x{size[1]}"
+        # What the side stream made must not be freed before the main stream has used it.
+        held = (conditioning, latents, pictures)
+        landing = self._flying = Landing(lane, stages, count, seq, levels, finite, ladder.marks(size), held)
         return [
-            Result(member.planned.ticket.seq, error=one, seconds=watch.seconds, batch_size=size)
-            if isinstance(one, TaskError)
-            else Result(member.planned.ticket.seq, image=one, seconds=watch.seconds, batch_size=size)
-            for member, one in zip(members, made, strict=True)
+            Result(member.planned.ticket.seq, arrive=partial(landing.result, place, member.planned))
+            for place, member in enumerate(members)
         ]
 
-    def _apply(self, loras: Sequence[Lora], watch: Stopwatch) -> None:
+    def expect(self, loras: Sequence[Lora]) -> None:
+        """Read adapters that may be needed next, on a thread."""
+        self.adapters.prefetch(loras)
+
+    def _apply(self, loras: Sequence[Lora], stages: Stages) -> None:
         import torch
 
         self._need = adapters_need(())
-        with torch.no_grad(), watch.stage("adapters"):
+        with torch.no_grad(), self._lane.stage(stages, "adapters"):
             changed = self.adapters.apply(self._pipe, loras)
         if not changed:
-            del watch.seconds["adapters"]
+            stages.marks.pop()
         self._need = adapters_need(loras)
 
     def unload(self) -> None:
         """Drop the pipeline and its adapters, and give the device's cached memory back."""
         import torch
 
-        self._spec = self._pipe = self._family = None
+        self._land_last()
+        self.adapters.close()
+        self._spec = self._pipe = self._family = self._ladder = None
         self.adapters = Adapters()
+        self._lane = HostLane()
         self._need, self._shape = adapters_need(()), ""
         gc.collect()
         if self.device.startswith("cuda"):
@@ -173,43 +222,105 @@ class DiffusionRunner:
         torch.cuda.reset_peak_memory_stats(self.device)
         return now, peak
 
+    def spans(self) -> tuple[Span, ...]:
+        """The components' loading, one after another."""
+        return self._spans
 
-class Stopwatch:
-    """Seconds a stage took, divided by the size of the batch; waits for the GPU at the end of each stage."""
-
-    def __init__(self, device: str, size: int) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
-        self._size = size
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Times the block under this name."""
-        started = time.monotonic()
-        yield
-        if self._device.startswith("cuda"):
-            import torch
-
-            torch.cuda.synchronize(self._device)
-        self.seconds[name] = (time.monotonic() - started) / self._size
+    def notes(self) -> tuple[str, ...]:
+        """What was chosen for this device, and what running out of memory changed."""
+        notes, self._notes = tuple(self._notes), []
+        return notes
 
 
-def finish(picture: torch.Tensor, task: Task) -> Image | BadOutput:
-    """A float tensor (3, height, width) in [0, 1] as a picture, or why it is none.
+class Landing:
+    """The pictures of a batch between the device and the savers, who ask for them on threads of their own.
 
-    Rounds as diffusers does for PIL output. NaN is looked for before the cast, which would make it black.
+    `levels` (batch, height, width, 3) and `finite` (batch) lie in host memory once the batch has landed; `held` is what
+    must live until then.
+    """
+
+    def __init__(
+        self,
+        lane: Lane,
+        stages: Stages,
+        count: int,
+        seq: int,
+        levels: torch.Tensor,
+        finite: torch.Tensor,
+        marks: tuple[str, ...],
+        held: Any,
+    ) -> None:
+        self._lane = lane
+        self._token = lane.depart()
+        self._stages = stages
+        self._count = count
+        self._seq = seq
+        self._levels = levels
+        self._finite = finite
+        self._marks = marks
+        self._held = held
+        self._lock = threading.Lock()
+        self._untold: tuple[Span, ...] = ()
+        self._seconds: dict[str, float] = {}
+
+    def land(self) -> bool:
+        """Wait until the batch is there, and let go of what it held; False when that was done before."""
+        with self._lock:
+            if self._held is None:
+                return False
+            self._lane.arrived(self._token)
+            self._held = None
+            times = self._lane.times(self._stages, self._token)
+            self._untold = tuple(Span(name, start, seconds, seq=self._seq) for name, start, seconds in times)
+            self._seconds = {span.stage: span.seconds / self._count for span in self._untold}
+            return True
+
+    def result(self, place: int, planned: PlannedTask) -> Result:
+        """The result of one member; waits until it is there. The first that is asked for tells the stages."""
+        self.land()
+        with self._lock:
+            spans, self._untold = self._untold, ()
+        seq, made = planned.ticket.seq, finish(self._levels[place], bool(self._finite[place]), planned.task)
+        shared = Result(seq, seconds=self._seconds, batch_size=self._count, spans=spans, marks=self._marks)
+        return replace(shared, error=made) if isinstance(made, TaskError) else replace(shared, image=made)
+
+
+def is_staged(family: Family) -> bool:
+    """Whether the family's stages are really apart: the pipelines of some make a picture in one call."""
+    from imagemill.families.generic import TextToImage
+
+    return getattr(type(family), "denoise", None) is not TextToImage.denoise
+
+
+def to_levels(pictures: torch.Tensor) -> torch.Tensor:
+    """Float pictures (batch, channels, height, width) in [0, 1] as bytes (batch, height, width, channels).
+
+    Rounds as diffusers does for PIL output.
     """
     import torch
+
+    return (pictures.float().permute(0, 2, 3, 1) * 255).round().clamp(0, 255).to(torch.uint8).contiguous()
+
+
+def all_finite(pictures: torch.Tensor) -> torch.Tensor:
+    """For each picture whether it has no NaN and no infinity: the cast to bytes would make them black."""
+    import torch
+
+    finite: torch.Tensor = torch.isfinite(pictures).flatten(1).all(1)
+    return finite
+
+
+def finish(levels: torch.Tensor, finite: bool, task: Task) -> Image | BadOutput:
+    """Bytes (height, width, 3) in host memory as a picture, or why it is none."""
     from PIL import Image
 
-    if not torch.isfinite(picture).all():
+    if not finite:
         return BadOutput("the picture contains NaN")
-    channels, height, width = picture.shape
+    height, width, channels = levels.shape
     if channels != 3 or (width, height) != (task.width, task.height):
         asked = f"{task.width}x{task.height} with 3 channels"
         return BadOutput(f"the picture is {width}x{height} with {channels} channels; the task asks for {asked}")
-    levels = (picture.float().permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(levels.cpu().contiguous().numpy())
+    return Image.fromarray(levels.numpy())
 
 
 def describe(device: str) -> str:

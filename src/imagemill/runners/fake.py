@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from imagemill.errors import TASK_ERRORS, BadOutput, OutOfMemory, TaskError
 from imagemill.plan import adapters_need, shape_need
 from imagemill.records import LABEL_VARIABLE, Answer, ModelSpec, PlannedTask, Task, WorkOrder
-from imagemill.runners import Beat, Result, references
+from imagemill.runners import Beat, Result, Untold, references
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,7 +53,7 @@ def create(device: str, threads: int) -> FakeRunner:
     return FakeRunner(device)
 
 
-class FakeRunner:
+class FakeRunner(Untold):
     """A `Runner` without a model; see the module's text for the scripts."""
 
     def __init__(self, device: str = "cpu") -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from imagemill.errors import BadTask
 from imagemill.records import Answer, ModelSpec, PlannedTask, WorkOrder
-from imagemill.runners import Beat, Result, references
+from imagemill.runners import Beat, Result, Untold, references
 from imagemill.runners.judge_inputs import one_by_one
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ GREY = 128
 DIGITS = 6
 
 
-class MetricsRunner:
+class MetricsRunner(Untold):
     """A `Runner` that compares two pictures. `against` names the second one in messages."""
 
     def __init__(self, against: str) -> None:

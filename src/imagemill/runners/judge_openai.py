@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagemill.errors import BadModel, TaskError
 from imagemill.records import ModelSpec, PlannedTask, WorkOrder
-from imagemill.runners import Beat, Result
+from imagemill.runners import Beat, Result, Untold
 from imagemill.runners.chat_endpoint import ChatEndpoint
 from imagemill.runners.fake import check_loaded
 from imagemill.runners.judge_inputs import pictures
@@ -32,7 +32,7 @@ def create(device: str, threads: int) -> EndpointRunner:
     return EndpointRunner()
 
 
-class EndpointRunner:
+class EndpointRunner(Untold):
     """A `Runner` that asks another machine. Its event loop turns only inside `run`, on the worker's own thread."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagemill.errors import BadModel, BadTask, TaskError, classify
 from imagemill.records import Answer, ModelSpec, PlannedTask, WorkOrder
-from imagemill.runners import Beat, Result
+from imagemill.runners import Beat, Result, Untold
 from imagemill.runners.fake import check_loaded
 from imagemill.runners.judge_inputs import pictures
 from imagemill.spread import SPREAD_DEVICE
@@ -47,7 +47,7 @@ class Question:
     tokens: int
 
 
-class VisionLanguageRunner:
+class VisionLanguageRunner(Untold):
     """A `Runner` for one image-text-to-text model on one device, or on all it sees where the device is `cuda`."""
 
     def __init__(self, device: str, threads: int = 1) -> None:

@@ -1,0 +1,173 @@
+"""How each diffusion model of a run is made fast: from the settings and the whole run's pictures to a `Tuning`, with why.
+
+The pictures that an earlier sitting has done count too, so that a run that goes on compiles as it did before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from imagemill import batching
+from imagemill.config import Settings
+from imagemill.config.settings import FP8_ON_CPU
+from imagemill.errors import ConfigError
+from imagemill.models import Model
+from imagemill.records import Tuning
+from imagemill.staging import Shape
+
+MOST_SIZES = 8
+"""Sizes that are warmed up, at most. The blocks are compiled for all sizes at once; what is not warmed up makes the first
+picture of its size wait."""
+
+# One Z-Image picture of 1024x1024 at 8 steps on one H100, in seconds: text, forwards, decode.
+EAGER_PICTURE = 0.056 + 8 * 0.157 + 0.091
+COMPILED_PICTURES = {"bf16": 0.056 + 8 * 0.100 + 0.038, "fp8": 0.056 + 8 * 0.074 + 0.038}
+COMPILE_SECONDS = {"bf16": 21.0 + 26.0, "fp8": 69.0 + 26.0}
+"""On one H100: repeated blocks and the VAE's decoder, with nothing in the cache."""
+BATCH_SECONDS = {"bf16": 21.0, "fp8": 128.0}
+"""More for batches: blocks for one picture and for several are compiled apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What is known of a model's pictures: the mean of their costs in eager mode, in seconds.
+
+    `measured` says that the family's figures were measured on such a device.
+    """
+
+    seconds: float
+    measured: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The tuning of one model and the reason for compiling or not. Seconds are a worker's: what compiling takes at most
+    and what it saves; None where nothing was weighed."""
+
+    tuning: Tuning
+    why: str
+    spent: float | None = None
+    saved: float | None = None
+
+
+def as_stats(found: Mapping[str, Choice]) -> dict[str, Any]:
+    """The choices by model, as the statistics of a run (`tuning`) and its report have them."""
+    return {
+        name: {
+            "compiled": one.tuning.compile,
+            "why": one.why,
+            "precision": one.tuning.precision,
+            "attention": one.tuning.attention,
+            "sizes": [f"{width}x{height}" for width, height in one.tuning.sizes],
+            "batch_size": one.tuning.batch,
+        }
+        for name, one in found.items()
+    }
+
+
+def compiled_share(precision: str) -> float:
+    """What a compiled picture takes of the time of an eager one in bfloat16."""
+    return COMPILED_PICTURES[precision] / EAGER_PICTURE
+
+
+def compile_seconds(tuning: Tuning) -> float:
+    """What compiling takes at most; 0 without."""
+    if not tuning.compile:
+        return 0.0
+    return COMPILE_SECONDS[tuning.precision] + (BATCH_SECONDS[tuning.precision] if tuning.batch > 1 else 0.0)
+
+
+def check(settings: Settings, on_cuda: bool) -> None:
+    """Raises `ConfigError` for what the devices of the run cannot do."""
+    if settings.precision == "fp8" and not on_cuda:
+        raise ConfigError(FP8_ON_CPU)
+
+
+def tuning_of(
+    settings: Settings,
+    sizes: Sequence[tuple[int, int]],
+    pictures: int | None,
+    workers: int,
+    on_cuda: bool,
+    known_figures: Figures | None,
+    batch: int = 1,
+) -> Tuning:
+    """The tuning of one diffusion model; see `choose`."""
+    return choose(settings, sizes, pictures, workers, on_cuda, known_figures, batch).tuning
+
+
+def choose(
+    settings: Settings,
+    sizes: Sequence[tuple[int, int]],
+    pictures: int | None,
+    workers: int,
+    on_cuda: bool,
+    known: Figures | None,
+    batch: int = 1,
+) -> Choice:
+    """Whether to compile, for which of the sizes (width, height; the most frequent first), and why.
+
+    `pictures` are those of the whole run, done and to do; None when nobody knows. `batch` is the largest batch.
+    """
+    bare = Tuning(
+        precision=settings.precision, attention=settings.attention, sizes=tuple(sizes[:MOST_SIZES]), batch=batch
+    )
+    made = replace(bare, compile=True)
+    if settings.compile != "auto":
+        asked = settings.compile == "on"
+        return Choice(made if asked else bare, "as asked")
+    if not on_cuda:
+        return Choice(bare, "not done by itself on the CPU")
+    if settings.precision == "fp8":
+        return Choice(made, "fp8 gains where it is compiled")
+    if settings.exact:
+        return Choice(bare, "with exact not done by itself: it would hang on the length of the run")
+    if pictures is None or known is None:
+        return Choice(bare, "how many pictures come is not known")
+    spent, saved = compile_seconds(made), saving(-(-pictures // max(1, workers)), known.seconds, settings.precision)
+    why = "as measured on one H100" if known.measured else "if it gains as much as Z-Image on one H100"
+    return Choice(made if saved > spent else bare, why, spent, saved)
+
+
+def saving(pictures: int, seconds: float, precision: str) -> float:
+    """Seconds that a worker saves by compiling: its pictures at so many eager seconds each."""
+    return pictures * seconds * (1 - compiled_share(precision))
+
+
+def choices(
+    settings: Settings,
+    used: Sequence[Model],
+    shapes: Iterable[Shape] | None,
+    workers: int,
+    on_cuda: bool,
+    free: int | None = None,
+    device: str = "",
+) -> dict[str, Choice]:
+    """The choice for each diffusion model of a run by its name; others have nothing to tune.
+
+    `shapes` are those of all staged tasks, None for a source that is read as it is needed. `workers` are as many as the
+    whole run would get, `device` is the name of theirs, `free` the bytes of the one that has the fewest.
+    """
+    staged = None if shapes is None else list(shapes)
+    found = {}
+    for model in used:
+        if model.spec.runner != "diffusion":
+            continue
+        own = [shape for shape in staged or () if shape.model == f"model:{model.spec.name}"]
+        sizes = batching.sizes({(shape.shape,): shape.tasks for shape in own}) or _expected(settings, model)
+        rule = batching.rule(settings, model, on_cuda, free)
+        count = sum(shape.tasks for shape in own)
+        measured = model.planned.family.name == "z_image" and "H100" in device
+        known = Figures(sum(shape.cost for shape in own) / count, measured) if count else None
+        batch = max((rule.at(size) for size in sizes[:MOST_SIZES]), default=1)
+        pictures = None if staged is None else count
+        found[model.spec.name] = choose(settings, sizes, pictures, workers, on_cuda, known, batch)
+    return found
+
+
+def _expected(settings: Settings, model: Model) -> tuple[tuple[int, int], ...]:
+    """The size of tasks that name none."""
+    width, height = settings.size or (model.planned.defaults.width, model.planned.defaults.height)
+    return ((width, height),) if width and height else ()
