@@ -5,11 +5,12 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format env bench gpu-test clean FORCE
+.PHONY: help demo test test-slow check format env bench bench-gpu gpu-test clean FORCE
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
+BENCH_ARGS ?= --out docs/benchmarks.json
 
 # Whatever environment make was started from, .venv stands alone.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_CONSTRAINT
@@ -68,6 +69,13 @@ bench: $(READY) ## measure the cost of the machinery on this machine
 	@$(BIN)/python bench/overhead.py
 
 # On a GPU machine the tests run under the Python that has its CUDA build of torch, not under .venv.
+bench-gpu: $(READY) ## measure pictures a second on this machine's GPUs, into docs/benchmarks.json
+	@$(BIN)/python bench/throughput.py --rows a,b,d,f,w,e --size 1024 --minutes 60 $(BENCH_ARGS)
+	@$(BIN)/python bench/throughput.py --rows a,d --size 512 --minutes 30 $(BENCH_ARGS)
+	@$(BIN)/python bench/throughput.py --rows a,d --model qwen-image-edit --tasks 12 --minutes 60 $(BENCH_ARGS)
+	@$(BIN)/python bench/throughput.py --judge $(BENCH_ARGS)
+	@$(BIN)/python bench/throughput.py --rows c,d --gpus 1,2 --tasks 96 --minutes 30 $(BENCH_ARGS)
+
 gpu-test: ## run the script of tests/gpu (needs a CUDA build of torch in PYTHON)
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { \
 	  echo "gpu-test needs a GPU and a Python with a CUDA build of torch and imagemill's dependencies:" >&2; \

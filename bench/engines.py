@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,15 +18,13 @@ import meter
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
-ON = ("on", "always", "yes", "true", "blocks", "1")
-"""What an option that wants a word may call 'on', the first that it knows."""
 
 LOG_TAIL = 600
 """Characters of a failed row's log that are reported."""
 
 
 class Unavailable(Exception):
-    """The row asks for an option that this imagemill has not."""
+    """The row has no meaning for this model."""
 
 
 class Failed(Exception):
@@ -221,47 +218,7 @@ def run_command(model: str, tasks: Path, out: Path, place: Place, extra: Sequenc
     return [*command, "--quiet", *where, *extra]
 
 
-def help_text(place: Place) -> str:
-    """What `imagemill run --help` prints."""
-    command = [sys.executable, "-m", "imagemill.cli", "run", "--help"]
-    env = place.environment | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    return subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def option(text: str, name: str, wanted: str | None = None) -> list[str] | None:
-    """How to switch an option on (or to the wanted word) by the help text; None where there is no such option.
-
-    `--compile` may be a flag or want a word; a flag is followed by two spaces, a slash or the line's end.
-    """
-    found = re.search(rf"^\s*(?:-\w, )?{re.escape(name)}(?=[\s/,\[=]|$)(?:[ =\[]([^\s\]]+))?", text, re.MULTILINE)
-    if found is None:
-        return None
-    word = found[1] or ""
-    if not word or word.startswith(("/", "-")):
-        return None if wanted else [name]
-    if wanted is not None:
-        return [name, wanted] if wanted in re.split(r"[|\]]", word) or word.startswith("<") else None
-    return [name, next((one for one in ON if one in word.split("|")), word.split("|")[0])]
-
-
-def options_for(text: str, *, compiled: bool, precision: str, trace: Path | None) -> tuple[list[str], list[str]]:
-    """Arguments for a row, and notes of what this imagemill has no option for. Raises `Unavailable`.
-
-    bf16 without `--precision`, and eager where `--compile` is missing, is still imagemill as it is; fp8 is not.
-    """
-    arguments, notes = [], []
-    chosen = option(text, "--precision", precision)
-    if chosen is None and precision != "bf16":
-        raise Unavailable(f"not available: `imagemill run` has no --precision {precision}")
-    arguments += chosen or []
-    if compiled:
-        switch = option(text, "--compile")
-        arguments += switch or []
-        notes += [] if switch else ["eager: `imagemill run` has no --compile"]
-    if trace is not None:
-        traced = option(text, "--trace")
-        if traced:
-            arguments += [traced[0], *([str(trace)] if len(traced) > 1 else [])]
-        else:
-            notes.append("no --trace")
-    return arguments, notes
+def options_for(*, compiled: bool, precision: str, traced: bool) -> list[str]:
+    """Arguments of `imagemill run` for a row."""
+    switch = "--compile" if compiled else "--no-compile"
+    return [switch, "--precision", precision, *(["--trace"] if traced else [])]

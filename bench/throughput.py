@@ -163,19 +163,18 @@ def rank_of(options: argparse.Namespace) -> int:
     return 4 if options.small else 32
 
 
-def run_row(bench: Bench, row: str, gpus: int, files: dict[str, Path], text: str) -> tuple[Measured, list[str]]:
-    """Run one row; its figures and notes. Raises `Failed` or `Unavailable`."""
+def run_row(bench: Bench, row: str, gpus: int, files: dict[str, Path]) -> Measured:
+    """Run one row. Raises `Failed` or `Unavailable`."""
     options, count = bench.options, bench.options.tasks
     if row in "abc":
         place = bench.place(row, row, gpus)
         how = {"compiled": row == "b", "split": row == "c", "backend": options.backend}
-        return engines.loop(bench.model, [(files["plain"], count)], place, **how), []
+        return engines.loop(bench.model, [(files["plain"], count)], place, **how)
     if row == "f" and "loras" not in files:
         raise Unavailable("not available: there are random LoRAs for z-image only")
     precision = "fp8" if row == "e" else "bf16"
     place = bench.place(row, precision, gpus)
-    trace = None if options.no_trace else place.folder / "out" / "trace.json"
-    extra, notes = engines.options_for(text, compiled=not options.eager, precision=precision, trace=trace)
+    extra = engines.options_for(compiled=not options.eager, precision=precision, traced=not options.no_trace)
     extra += options.imagemill.split()
     tasks, count = {"f": (files.get("loras"), count), "w": (files["few"], min(WARM_TASKS, count))}.get(
         row, (files["plain"], count)
@@ -183,10 +182,10 @@ def run_row(bench: Bench, row: str, gpus: int, files: dict[str, Path], text: str
     assert tasks is not None
     found = engines.imagemill(str(bench.model), tasks, count, place, extra)
     found.details["arguments"] = extra
-    return found, notes
+    return found
 
 
-def entry_of(bench: Bench, row: str, gpus: int, found: Measured, notes: Sequence[str]) -> scorecard.Entry:
+def entry_of(bench: Bench, row: str, gpus: int, found: Measured) -> scorecard.Entry:
     """The figures of a row."""
     rate, facts, details = found.images_per_second, bench.facts, dict(found.details)
     if row == "w":
@@ -212,7 +211,6 @@ def entry_of(bench: Bench, row: str, gpus: int, found: Measured, notes: Sequence
         first_image_s=rounded(found.first_image_s, 2),
         peak_gib=rounded(meter.peak_gib(found.samples), 2),
         gpu_idle_share=rounded(idle),
-        note="; ".join(notes),
         details=details | base_details(bench),
     )
 
@@ -260,7 +258,7 @@ def keep(bench: Bench, one: scorecard.Entry, log: Path | None = None) -> None:
         print(log.read_text(errors="replace")[-3000:], flush=True)
 
 
-def rows_of(bench: Bench, files: dict[str, Path], text: str) -> None:
+def rows_of(bench: Bench, files: dict[str, Path]) -> None:
     """All rows of the command, for every number of GPUs; those of one GPU once."""
     options = bench.options
     for count in options.gpus:
@@ -273,14 +271,14 @@ def rows_of(bench: Bench, files: dict[str, Path], text: str) -> None:
                 print(f"({row}) on {gpus}: not started, the {options.minutes:g} minutes are over", flush=True)
                 continue
             try:
-                found, notes = run_row(bench, row, gpus, files, text)
+                found = run_row(bench, row, gpus, files)
             except Unavailable as error:
                 keep(bench, scorecard.entry(**figures, note=str(error), details=base_details(bench)))
             except Failed as error:
                 log = bench.work / "rows" / f"{options.model}-{options.size}-{row}-{gpus}" / "log.txt"
                 keep(bench, scorecard.entry(**figures, note=f"failed: {error}", details=base_details(bench)), log)
             else:
-                keep(bench, entry_of(bench, row, gpus, found, notes))
+                keep(bench, entry_of(bench, row, gpus, found))
                 keep_trace(options, row, gpus, found)
 
 
@@ -312,8 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = ensure_model(options, options.model)
     files = task_files(options, model)
     bench = Bench(options, model, measure_facts(options, model, files["plain"]), deadline)
-    text = engines.help_text(Place(options.work, options.work, options.device, 1, 0))
-    rows_of(bench, files, text)
+    rows_of(bench, files)
     print(f"\n{scorecard.table(bench.done)}")
 
 

@@ -76,12 +76,51 @@ Seed = Annotated[
     int | None, typer.Option("--seed", help="Seed of the first task; task number i gets seed + i.", show_default="42")
 ]
 BatchSize = Annotated[
-    int | None,
+    str | None,
     typer.Option(
         "--batch-size",
-        help="Tasks that may share a forward pass; pictures may then be 1 of 255 apart.",
-        show_default="1",
+        metavar="N|auto",
+        help="Tasks that may share a forward pass; auto goes by shape. Pictures may then be 1 of 255 apart.",
+        show_default="auto",
     ),
+]
+Exact = Annotated[bool | None, typer.Option("--exact", help="Batches of one: a picture hangs on no other task.")]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Compile the model's blocks.",
+        show_default="on GPUs where the run is long enough to pay it back",
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="bf16|fp8",
+        help="fp8 multiplies in 8 bits, on GPUs that can; the pictures differ a little.",
+        show_default="bf16",
+    ),
+]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        metavar="NAME|auto",
+        help="An attention back end of diffusers, such as native or _flash_3; auto takes the fastest installed.",
+        show_default="auto",
+    ),
+]
+Preload = Annotated[
+    bool | None, typer.Option("--preload", help="Start the workers while the source is still being read and checked.")
+]
+Trace = Annotated[
+    bool | None,
+    typer.Option("--trace", help="Write trace.json beside the report: every stage of every worker, for Perfetto."),
+]
+AllowUrls = Annotated[
+    bool | None,
+    typer.Option("--allow-urls", help="Fetch pictures to edit that are named by an http(s) address; public ones only."),
 ]
 PromptColumn = Annotated[
     str | None,
@@ -127,6 +166,7 @@ OPTION_KEYS = {
     "negative_prompt": "negative_prompt",
     "seed": "seed",
     "batch_size": "batch_size",
+    **{name: name for name in ("exact", "compile", "precision", "attention", "preload", "trace", "allow_urls")},
     "format": "output.format",
     "sink": "output.sink",
 }
@@ -140,6 +180,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     base = config.load_settings(given["config"]) if given["config"] else config.Settings()
     overrides = {key: given.get(name) for name, key in OPTION_KEYS.items()}
     overrides |= {f"devices.{name}": value for name, value in gpus_of(given).items()}
+    overrides["batch_size"] = whole_or_word(given.get("batch_size"))
     if given.get("no_metadata"):
         overrides["output.metadata"] = False
     options = {key: "--" + name.replace("_", "-") for name, key in OPTION_KEYS.items()}
@@ -157,6 +198,11 @@ def options_of(given: Mapping[str, Any]) -> RunOptions:
         rerun_changed=given["rerun_changed"],
         prompt_column=given["prompt_column"],
     )
+
+
+def whole_or_word(text: str | None) -> int | str | None:
+    """Digits as a number; a word stays, and the settings say whether they know it."""
+    return int(text) if text is not None and text.isdecimal() else text
 
 
 def gpus_of(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from imagemill import batching, devices, judges, models, tuning_choice
+from imagemill import batching, devices, host_memory, judges, models, tuning_choice
 from imagemill.config import Settings
 from imagemill.devices import Choice, Device
 from imagemill.executors import Executor, inline, processes
@@ -25,18 +25,33 @@ DEFAULT_MODEL = "tiny"
 
 @dataclass(slots=True)
 class Crew:
-    """The executor with its workers' specs; `workers` is their state at the end of the last run."""
+    """The executor with its workers' specs; `workers` is their state at the end of the last run.
+
+    `early` says that the processes were started before the tasks were known, and have loaded nothing yet.
+    """
 
     executor: Executor
     specs: dict[int, WorkerSpec]
     choice: Choice
     workers: dict[int, Worker] = field(default_factory=dict)
+    early: bool = False
     tuned: dict[str, tuning_choice.Choice] = field(default_factory=dict)
 
     @property
     def labels(self) -> dict[int, str]:
         """The names of the devices by worker."""
         return {number: spec.label for number, spec in self.specs.items()}
+
+    def start_early(self) -> None:
+        """Start the processes, which import what their model needs; they load once the scheduler says so."""
+        self.executor.start(list(self.specs.values()))
+        self.workers = {number: Worker(number, spec.label, "waiting") for number, spec in self.specs.items()}
+        self.early = True
+
+    def settle(self, first: ModelSpec, tuned: dict[str, tuning_choice.Choice]) -> None:
+        """The tasks are known: this is the model that every worker loads first."""
+        self.specs = {number: replace(spec, model=first) for number, spec in self.specs.items()}
+        self.tuned, self.early = tuned, False
 
 
 def find_models(settings: Settings) -> Models:
@@ -129,4 +144,8 @@ def limits(settings: Settings, used: Sequence[models.Model], choice: Choice) -> 
     """The scheduler's bounds; no batch is larger than the family of its model takes."""
     free = min(device.free for device in choice.devices)
     most = batching.limit(settings, used, on_cuda(choice.devices), free)
-    return Limits(**settings.limits.model_dump(), batch=most)
+    asked, largest = settings.limits.parallel_loads, max((model.spec.memory for model in used), default=0)
+    loads = host_memory.parallel_loads(
+        None if asked == "auto" else asked, host_memory.free(), largest, len(choice.devices)
+    )
+    return Limits(**settings.limits.model_dump(exclude={"parallel_loads"}), parallel_loads=loads, batch=most)

@@ -240,6 +240,8 @@ class Engine:
                 chunk = min(CHUNK, max(1, self.settings.limits.read_ahead // 4))
                 feed = _read_as_needed(rows, intake, admission, ledger, options, chunk)
             else:
+                if self.settings.preload:
+                    self._start_early(book, path)
                 admission = intake.stage(rows, limit=options.limit)
                 comparison = intake.check(admission, skip_bad=options.skip_bad, rerun_changed=options.rerun_changed)
                 again = intake.again(options.again, options.retry)
@@ -257,7 +259,8 @@ class Engine:
             )
             if choice is not None:
                 self._crew = crew.hire(choice, self.settings, book.used()[0].spec, self._log_folder(path))
-                self._crew.tuned = tuned
+            if self._crew is not None and to_do != 0 and (choice is not None or self._crew.early):
+                self._crew.settle(book.used()[0].spec, tuned)
             yield from self._work(feed, book, ledger, folder, admission, to_do)
 
     def _begin(self, ledger: Ledger, folder: OutputFolder) -> None:
@@ -274,12 +277,23 @@ class Engine:
             self._progress.note(line)
         return choice
 
+    def _start_early(self, book: Models, path: Path) -> None:
+        """Start the workers of the run's own model while its tasks are still read and checked."""
+        if self._crew is None:
+            book.get(None)
+            choice = self._choose(book, None)
+            assert choice is not None, "nothing is known of the tasks yet"
+            self._crew = crew.hire(choice, self.settings, book.used()[0].spec, self._log_folder(path))
+            self._crew.start_early()
+
     def _tune(
         self, book: Models, choice: Choice | None, shapes: Iterable[Shape] | None, total: int | None
     ) -> dict[str, tuning_choice.Choice]:
         """How the models are made fast, by the whole run; workers that are there keep what they were loaded with."""
-        if self._crew is None:
-            return {} if choice is None else crew.tune(self.settings, book, shapes, total)
+        if self._crew is None and choice is None:
+            return {}
+        if self._crew is None or self._crew.early:
+            return crew.tune(self.settings, book, shapes, total)
         book.tune({name: one.tuning for name, one in self._crew.tuned.items()})
         return self._crew.tuned
 

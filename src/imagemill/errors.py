@@ -38,11 +38,13 @@ class InputError(ImagemillError):
 
 
 class TaskFileError(InputError):
-    """Rows of a source that cannot be used. `problems` are one line each: file, line, field, what to do."""
+    """Rows of a source that cannot be used. `problems` are one line each: file, line, field, what to do. `hint` is a last
+    line for all of them."""
 
     def __init__(self, problems: Sequence[str], total: int, hint: str = "") -> None:
         self.problems = tuple(problems)
         self.total = total
+        self.hint = hint
         rest = total - len(self.problems)
         lines = list(self.problems)
         if rest > 0:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+from imagemill import tuning_choice
 from imagemill.ledger import FILE_NAME, Ledger
-from imagemill.records import PlannedTask, Ticket
+from imagemill.records import PlannedTask, Ticket, Tuning
 from imagemill.schedule import Limits
 from imagemill.simulate import Simulation, World, simulate
 
@@ -34,6 +35,7 @@ H100_LOAD = 27.0
 ADAPTER_SWITCH = 0.4
 """Seconds on one H100: a rank-32 LoRA of 134 MiB loads in 0.38 and is put on in 0.013."""
 
+PRECISIONS = {"bf16": "bfloat16", "fp8": "fp8"}
 POLICIES = ("dynamic", "static", "lockstep", "window")
 
 MEASURED = (
@@ -107,23 +109,35 @@ def _names(ticket: Ticket) -> tuple[str, str, str]:
     return model, adapters, shape
 
 
-def pace(folder: Path | None, families: Mapping[str, str], device: str) -> Pace:
+def pace(
+    folder: Path | None, families: Mapping[str, str], device: str, tunings: Mapping[str, Tuning] | None = None
+) -> Pace:
     """The best source there is: this folder's ledger, else the figures measured on an H100, else none.
 
-    `families` maps the first need of every ticket (`model:NAME`) to the name of its family, `device` is the name of the
-    device as the driver tells it.
+    `families` maps the first need of every ticket (`model:NAME`) to the name of its family, `tunings` to how it will be
+    made fast, `device` is the name of the device as the driver tells it.
     """
     found = measured(folder, frozenset(families)) if folder else None
     if found:
         return found
     if "H100" in device and set(families.values()) == {"z_image"}:
-        return Pace(
-            dict.fromkeys(families, 1.0),
-            H100_LOAD,
-            ADAPTER_SWITCH,
-            f"the measured figures of one H100 for this family (eager, bfloat16); this device is {device}",
-        )
+        return _of_h100(families, device, tunings or {})
     return Pace()
+
+
+def _of_h100(families: Mapping[str, str], device: str, tunings: Mapping[str, Tuning]) -> Pace:
+    """The measured figures; none for fp8 that is not compiled, which was not measured."""
+    own = {model: tunings.get(model, Tuning()) for model in families}
+    if any(tuning.precision != "bf16" and not tuning.compile for tuning in own.values()):
+        return Pace()
+    scales = {
+        model: tuning_choice.compiled_share(tuning.precision) if tuning.compile else 1.0
+        for model, tuning in own.items()
+    }
+    kinds = {f"{'compiled' if one.compile else 'eager'}, {PRECISIONS[one.precision]}" for one in own.values()}
+    load = H100_LOAD + max(tuning_choice.compile_seconds(tuning) for tuning in own.values())
+    source = f"the measured figures of one H100 for this family ({'; '.join(sorted(kinds))}); this device is {device}"
+    return Pace(scales, load, ADAPTER_SWITCH, source)
 
 
 def measured(folder: Path, models: frozenset[str]) -> Pace | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagemill import crew, devices, estimate, models, sources
+from imagemill import batching, crew, devices, estimate, models, plan, sources, trained_sizes, tuning_choice
 from imagemill.config import Settings
 from imagemill.devices import Choice
 from imagemill.engine import Engine, RunOptions
@@ -31,10 +31,21 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
-    """Everything `imagemill plan` says. `to_do` counts pictures; `groups` are those alike, the largest group first.
+class Tuned:
+    """How a diffusion model is made fast; `batches` are its most frequent sizes, each with the largest batch."""
 
-    `unreadable` are pictures to edit whose header does not read: the tasks that name them will fail.
+    model: str
+    choice: tuning_choice.Choice
+    batches: tuple[tuple[tuple[int, int], int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Everything `imagemill plan` says. `to_do` counts tasks; `groups` are those alike, the largest group first. `unit` is
+    what a task gives: `picture`, `judgment`, or `task` where some give this and some that.
+
+    `unreadable` are pictures to edit whose header does not read: the tasks that name them will fail. `remarks` say which
+    sizes a model was not trained at.
     """
 
     source: str
@@ -50,6 +61,9 @@ class Forecast:
     choice: Choice
     estimate: Estimate
     schedule: str
+    unit: str = "picture"
+    tuned: tuple[Tuned, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def forecast(
@@ -73,14 +87,17 @@ def forecast(
         to_do = comparison.to_do(options.retry) + len(damaged)
         used = book.used()
         choice = crew.choose(settings, used, max(1, to_do))
+        tuned = _tuned(settings, used, ledger, comparison.total)
         families = {f"model:{model.spec.name}": model.planned.family.name for model in used}
         figures = estimate.estimate(
             (planned.ticket for planned in _work(ledger, options, damaged)),
             workers=len(choice.devices),
-            pace=estimate.pace(folder, families, choice.devices[0].name),
+            pace=estimate.pace(
+                folder, families, choice.devices[0].name, {f"model:{one.model}": one.choice.tuning for one in tuned}
+            ),
             policy=settings.schedule.name,
             lead=settings.schedule.k or 1,
-            limits=crew.limits(settings, used),
+            limits=crew.limits(settings, used, choice),
             most=len(devices.gpus()) if choice.devices[0].torch_device.startswith("cuda") else os.cpu_count(),
         )
         return Forecast(
@@ -97,10 +114,31 @@ def forecast(
             choice=choice,
             estimate=figures,
             schedule=str(settings.schedule),
+            unit=_unit(used),
+            tuned=tuned,
+            remarks=trained_sizes.remarks(used, ledger.staging.shapes()),
         )
     finally:
         ledger.staging.abandon()
         ledger.close()
+
+
+def _tuned(settings: Settings, used: tuple[models.Model, ...], ledger: Ledger, total: int) -> tuple[Tuned, ...]:
+    """The tuning of each diffusion model, and how many of its pictures run together; by the whole run, not by what is left."""
+    whole = crew.choose(settings, used, max(1, total)).devices
+    on_cuda, free = whole[0].torch_device.startswith("cuda"), min(device.free for device in whole)
+    shapes = list(ledger.staging.shapes())
+    found = tuning_choice.choices(settings, used, shapes, len(whole), on_cuda, free, whole[0].name)
+    rules = {model.spec.name: batching.rule(settings, model, on_cuda, free) for model in used}
+    return tuple(
+        Tuned(name, choice, tuple((size, rules[name].at(size)) for size in choice.tuning.sizes))
+        for name, choice in found.items()
+    )
+
+
+def _unit(used: tuple[models.Model, ...]) -> str:
+    kinds = {plan.answers(model.planned.family) for model in used}
+    return {frozenset({True}): "judgment", frozenset({False}): "picture"}.get(frozenset(kinds), "task")
 
 
 def _work(ledger: Ledger, options: RunOptions, damaged: frozenset[str]) -> Iterator[PlannedTask]:

@@ -13,7 +13,7 @@ from imagemill.progress import duration
 
 if TYPE_CHECKING:
     from imagemill.doctor import Diagnosis
-    from imagemill.forecast import Forecast
+    from imagemill.forecast import Forecast, Tuned
 
 SHOWN = 20
 """How many groups, adapters or skipped rows are listed."""
@@ -75,9 +75,11 @@ def forecast_text(forecast: Forecast) -> str:
     parts = [
         _head(forecast),
         _groups(forecast),
+        "\n".join(f"warning: {line}" for line in forecast.remarks),
         _adapters(forecast),
         _unreadable(forecast),
         _memory(forecast),
+        _speed(forecast),
         _policies(forecast),
         _time(forecast),
     ]
@@ -86,7 +88,8 @@ def forecast_text(forecast: Forecast) -> str:
 
 def _head(forecast: Forecast) -> str:
     known = forecast.comparison
-    lines = [f"{forecast.source} -> {forecast.folder}: {known.total} pictures, {forecast.to_do} to do"]
+    unit = forecast.unit + "s" * (known.total != 1)
+    lines = [f"{forecast.source} -> {forecast.folder}: {known.total} {unit}, {forecast.to_do} to do"]
     found = [
         (known.done - forecast.damaged, "done already"),
         (forecast.damaged, "done, but the picture is gone or altered"),
@@ -106,7 +109,13 @@ def _groups(forecast: Forecast) -> str:
         return ""
     names = {adapter.path: Path(adapter.path).name for adapter in forecast.adapters}
     rows = [
-        (str(group.tasks), group.model, _adapter_names(group.adapters, names, forecast), group.shape, str(group.steps))
+        (
+            str(group.tasks),
+            group.model,
+            _adapter_names(group.adapters, names, forecast),
+            group.shape,
+            str(group.steps or "-"),
+        )
         for group in forecast.groups[:SHOWN]
     ]
     more = f"\n... and {len(forecast.groups) - SHOWN} more kinds" if len(forecast.groups) > SHOWN else ""
@@ -149,6 +158,24 @@ def _memory(forecast: Forecast) -> str:
     lines += [f"left out: {line}" for line in forecast.choice.left_out]
     lines += [f"warning: {line}" for line in forecast.choice.warnings]
     return "\n".join(lines)
+
+
+def _speed(forecast: Forecast) -> str:
+    """One block a diffusion model: compiling and why, precision, attention, batches."""
+    return "\n".join(line for one in forecast.tuned for line in _tuned(one, forecast.choice.devices[0].torch_device))
+
+
+def _tuned(one: Tuned, device: str) -> list[str]:
+    choice, tuning = one.choice, one.choice.tuning
+    weighed = ""
+    if choice.spent is not None and choice.saved is not None:
+        weighed = f"saves a worker {duration(choice.saved)} and takes it {duration(choice.spent)}, "
+    rows = [("  compiled", f"{'yes' if tuning.compile else 'no'}: {weighed}{choice.why}")]
+    if device.startswith("cuda"):
+        rows += [("  precision", tuning.precision), ("  attention", tuning.attention)]
+    if one.batches:
+        rows.append(("  batch size", ", ".join(f"{size[0]}x{size[1]}: {number}" for size, number in one.batches)))
+    return [f"Speed of {one.model}", columns(rows)]
 
 
 def _policies(forecast: Forecast) -> str:

@@ -282,7 +282,7 @@ class Run:
                 self._executor.start([self._specs[worker]])
             case Load(worker):
                 self._loading[worker] = now
-                self._executor.load(worker)
+                self._executor.load(worker, self._specs[worker].model)
             case Dispatch(worker, batch):
                 self._dispatch(worker, batch, now)
             case Kill(worker, reason):

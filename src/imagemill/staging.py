@@ -50,6 +50,16 @@ class Comparison:
         return self.new + self.pending + self.changed + sum(self.failed.get(kind, 0) for kind in retry)
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Staged tasks of one model and one shape (the first and the last of their needs); `cost` is that of all together."""
+
+    model: str
+    shape: str
+    tasks: int
+    cost: float
+
+
 @contextmanager
 def writing() -> Iterator[None]:
     """What SQLite says when the ledger cannot be written ends the run as `OutputError`."""
@@ -128,6 +138,15 @@ class Staging:
             changed=changed,
             differences=tuple(shown),
         )
+
+    def shapes(self) -> Iterator[Shape]:
+        """What is staged, counted by model and shape: all of it, done or not."""
+        rows = self._db.execute(
+            "SELECT json_extract(needs, '$[0]') AS model, json_extract(needs, '$[2]') AS shape, count(*), sum(cost) "
+            "FROM incoming GROUP BY model, shape ORDER BY model, count(*) DESC, shape"
+        )
+        for row in rows:
+            yield Shape(*row)
 
     def conflicts(self, run: int) -> list[str]:
         """Staged rows whose path belongs to a task of an earlier source, or whose id the run has had already."""

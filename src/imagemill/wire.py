@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from imagemill.records import (
     BatchEnded,
     BatchMade,
+    ModelSpec,
     PlannedTask,
     Task,
     WorkerBeat,
@@ -34,7 +35,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class LoadModel:
-    """To a worker: load the first of your models and say `WorkerReady`."""
+    """To a worker: load the model of your spec and say `WorkerReady`; or this one, tuned since you were started."""
+
+    model: ModelSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,19 @@ from typing import Any
 
 from imagemill import runners, sinks, wire
 from imagemill.errors import classify
-from imagemill.records import Event, ModelSpec, SinkSpec, WorkerBeat, WorkerLost, WorkerReady, WorkerSpec, WorkOrder
+from imagemill.records import (
+    Event,
+    ModelSpec,
+    SinkSpec,
+    Span,
+    WorkerBeat,
+    WorkerLost,
+    WorkerReady,
+    WorkerSpec,
+    WorkOrder,
+)
 from imagemill.runners import Beat, Runner
-from imagemill.saving import Saver
+from imagemill.saving import Saver, told
 
 BEAT_INTERVAL = 0.05
 """Seconds between two beats at least: a fast model must not flood the driver."""
@@ -47,6 +57,7 @@ class Worker:
         self._loaded: ModelSpec | None = None
         self._last_beat = 0.0
         self._peak = 0
+        self._prepared: tuple[Span, ...] = ()
         self._sinks: dict[SinkSpec, sinks.Sink] = {}
 
     def prepare(self) -> bool:
@@ -54,29 +65,32 @@ class Worker:
 
         A failure, here and in `load`, is told as `WorkerLost`; False means that this worker is over.
         """
+        started = time.monotonic()
         try:
             runners.create(self.spec.model.runner, self.spec.device, self.spec.threads).prepare(self.spec.model)
         except Exception as error:
             return self._give_up(error)
+        self._prepared = (Span("import", started, time.monotonic() - started, on_device=False),)
         return True
 
-    def load(self) -> bool:
-        """Load the first model and say so."""
-        started = time.monotonic()
+    def load(self, model: ModelSpec | None = None) -> bool:
+        """Load the model, None for that of the spec, and say so."""
+        model, started = model or self.spec.model, time.monotonic()
         try:
-            runner = self._host(self.spec.model)
+            runner = self._host(model)
         except Exception as error:
             return self._give_up(error)
         seconds = time.monotonic() - started
-        log.info("loaded %s in %.1f s", self.spec.model.name, seconds)
+        log.info("loaded %s in %.1f s", model.name, seconds)
         memory = runner.memory()[0]
-        self._emit(WorkerReady(self.spec.worker, runner.resident, seconds, memory, runner.spans(), runner.notes()))
+        spans = (*self._prepared, *runner.spans())
+        self._emit(WorkerReady(self.spec.worker, runner.resident, seconds, memory, spans, runner.notes()))
         return True
 
     def _give_up(self, error: Exception) -> bool:
         log.error("loading failed", exc_info=error)
         fault = classify(error)
-        self._emit(WorkerLost(self.spec.worker, fault.kind, str(fault)))
+        self._emit(WorkerLost(self.spec.worker, fault.kind, told(fault)))
         return False
 
     def work(self, order: WorkOrder) -> None:
@@ -166,8 +180,14 @@ def main(argv: Sequence[str]) -> None:
     speaking = threading.Lock()
 
     def emit(event: Event) -> None:
-        with speaking:
-            pipe.sendall(wire.frame(event))
+        try:
+            data = wire.frame(event)
+            with speaking:
+                pipe.sendall(data)
+        except Exception:
+            # On a saving thread nobody would hear of it, and the driver would wait for its deadline.
+            log.exception("%s cannot be sent", type(event).__name__)
+            os._exit(1)
 
     serve(spec, inbox, emit)
 
@@ -180,8 +200,8 @@ def serve(spec: WorkerSpec, inbox: queue.SimpleQueue[Any], emit: Callable[[Event
         return
     while True:
         match inbox.get():
-            case wire.LoadModel():
-                if not worker.load():
+            case wire.LoadModel(model):
+                if not worker.load(model):
                     return
             case WorkOrder() as order:
                 worker.work(order)

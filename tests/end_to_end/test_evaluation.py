@@ -446,6 +446,26 @@ def test_a_mistake_is_one_line_and_starts_nothing(arguments: Sequence[str], text
     assert len(ended.err.splitlines()) <= 2
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_items_that_make_no_task_are_named_with_a_mend_that_eval_has(more: Sequence[str], place: Workplace) -> None:
+    bench(place, 2)
+    place.write("odd.yaml", "bench: items.jsonl\nedit: {model: tiny-edit, size: 100x96}\njudge: fake\nout: out\n")
+    ended = place("eval", "odd.yaml", "--device", "cpu", *more)
+    assert ended.code == 2, ended.text
+    first, second, hint = ended.err.splitlines()
+    assert "item e0: width: is 100; flux2 takes multiples of 16" in first
+    assert second.startswith("item e1: width: ")
+    assert hint == "nothing was started; mend the items, or choose others (--categories)"
+
+
+def test_the_benchmark_may_be_named_after_the_categories(place: Workplace) -> None:
+    bench(place)
+    command = ("eval", "--edit-model", "fake", "--judge", "fake", "--device", "cpu", "--dry-run")
+    ended = place(*command, "--categories", CATEGORIES[0], CATEGORIES[1], "items.jsonl")
+    assert ended.code == 0, ended.text
+    assert "6 items in 2 categories" in ended.out
+
+
 # --- real files -------------------------------------------------------------------------------------------------------
 
 

@@ -118,15 +118,17 @@ PLAN = {
         "--steps",
     ),
     *("--size", "--guidance", "--true-cfg-scale", "--negative-prompt", "--seed", "--batch-size", "--prompt-column"),
-    *("--format", "--sink", "--limit", "--skip-bad", "--retry-failed", "--rerun-changed"),
+    *("--format", "--sink", "--limit", "--skip-bad", "--retry-failed", "--rerun-changed", "--exact"),
+    *("--compile", "--no-compile", "--precision", "--attention"),
 }
 OPTIONS = {
-    "run": {"SOURCE", *PLAN, "--isolate", "--no-metadata", "--dry-run", "--quiet"},
+    "run": {"SOURCE", *PLAN, "--isolate", "--no-metadata", "--preload", "--trace", "--dry-run", "--quiet"},
     "plan": {"SOURCE", *PLAN},
     "eval": {
         *("SOURCE", "--edit-model", "--judge", "--base-url", "--categories", "--limit", "--out", "--lang", "--rubric"),
         *("--controls", "--min-coverage", "--steps", "--seed", "--schedule", "--gpus", "--gpu-ids", "--device"),
         *("--workers", "--rejudge", "--retry-failed", "--rerun-changed", "--dry-run", "--quiet"),
+        *("--compile", "--no-compile", "--precision", "--attention"),
     },
     "compare": {"FIRST", "SECOND", "--json"},
     "report": {"FOLDER"},

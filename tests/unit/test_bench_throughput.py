@@ -123,43 +123,18 @@ def test_a_scaling_run_uses_one_gpu_once_a_load_and_each_policy_on_several() -> 
     ]
 
 
-HELP = """
-Options:
-  --compile                       Compile the blocks.
-  --precision bf16|fp8            What the matrices are.  [default: (bf16)]
-  --cache on|off|auto             Steps.
-  --trace FILE.json               Where the trace goes.
-  --fast / --no-fast              Or not.
-  -q, --quick INTEGER             Some.
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted", "found"),
-    [
-        ("--compile", None, ["--compile"]),
-        ("--precision", "fp8", ["--precision", "fp8"]),
-        ("--precision", "int4", None),
-        ("--cache", None, ["--cache", "on"]),
-        ("--trace", None, ["--trace", "FILE.json"]),
-        ("--fast", None, ["--fast"]),
-        ("--comp", None, None),
-        ("--quick", None, ["--quick", "INTEGER"]),
-    ],
-)
-def test_options_are_read_from_the_help(name: str, wanted: str | None, found: list[str] | None) -> None:
-    assert engines.option(HELP, name, wanted) == found
-
-
-def test_a_missing_option_is_told_and_fp8_is_never_replaced() -> None:
-    assert engines.options_for(HELP, compiled=True, precision="fp8", trace=Path("t.json")) == (
-        ["--precision", "fp8", "--compile", "--trace", "t.json"],
-        [],
-    )
-    arguments, notes = engines.options_for("", compiled=True, precision="bf16", trace=Path("t.json"))
-    assert (arguments, notes) == ([], ["eager: `imagemill run` has no --compile", "no --trace"])
-    with pytest.raises(engines.Unavailable, match="has no --precision fp8"):
-        engines.options_for("", compiled=True, precision="fp8", trace=None)
+def test_a_row_is_compiled_and_traced_as_it_says() -> None:
+    assert engines.options_for(compiled=True, precision="fp8", traced=True) == [
+        "--compile",
+        "--precision",
+        "fp8",
+        "--trace",
+    ]
+    assert engines.options_for(compiled=False, precision="bf16", traced=False) == [
+        "--no-compile",
+        "--precision",
+        "bf16",
+    ]
 
 
 def test_the_prompts_are_48_different_ones_and_their_licence_is_named() -> None:

@@ -26,6 +26,12 @@ seed: 7
 loras: [{path: a.safetensors, strength: 0.8}, "b.safetensors:0.5", /c.safetensors]
 schedule: window:3
 batch_size: 2
+compile: on
+precision: bf16
+attention: _native_cudnn
+dtype: bfloat16
+preload: true
+trace: true
 output: {folder: pictures, format: webp, sink: none, metadata: false}
 limits: {load_timeout: 60, task_timeout: 1.5, parallel_loads: 2, max_attempts: 5, read_ahead: 10}
 logging: {level: debug, folder: null}
@@ -52,6 +58,8 @@ def test_every_setting_arrives(tmp_path: Path) -> None:
     }  # fmt: skip
     assert (settings.size, settings.steps, settings.guidance, settings.true_cfg_scale) == ((1024, 768), 8, 0.0, 4.5)
     assert (settings.negative_prompt, settings.seed, settings.batch_size) == ("", 7, 2)
+    assert (settings.compile, settings.precision, settings.attention) == ("on", "bf16", "_native_cudnn")
+    assert (settings.dtype, settings.preload, settings.trace, settings.exact) == ("bfloat16", True, True, False)
     assert settings.schedule == Schedule("window", 3)
     assert settings.output.model_dump() == {"folder": "pictures", "format": "webp", "sink": "none", "metadata": False}
     assert (settings.limits.task_timeout, settings.limits.max_attempts) == (1.5, 5)
@@ -72,9 +80,31 @@ def test_an_empty_file_gives_the_defaults(tmp_path: Path, text: str) -> None:
     assert settings == Settings()
     assert settings.model_fields_set == set()
     assert (settings.model, settings.devices.gpus, settings.schedule) == (None, "auto", Schedule("dynamic"))
+    assert (settings.batch_size, settings.exact, settings.compile) == ("auto", False, "auto")
+    assert (settings.precision, settings.attention, settings.preload, settings.trace) == ("bf16", "auto", False, False)
     assert settings.limits.model_dump() == {
         "load_timeout": 1800.0, "task_timeout": 600.0, "parallel_loads": 1, "max_attempts": 3, "read_ahead": 1024,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("on", "on"), ("off", "off"), ("true", "on"), ("false", "off"), ("auto", "auto"), ("'on'", "on"), ("yes", "on")],
+)
+def test_compile_is_a_switch_however_yaml_reads_the_word(tmp_path: Path, text: str, meant: str) -> None:
+    assert loaded(tmp_path, f"compile: {text}").compile == meant
+
+
+def test_exact_goes_with_batches_of_one_and_with_auto(tmp_path: Path) -> None:
+    assert loaded(tmp_path, "exact: true\nbatch_size: auto").exact
+    assert loaded(tmp_path, "exact: true\nbatch_size: 1").exact
+
+
+def test_python_says_compile_with_a_bool_and_none_leaves_it_alone() -> None:
+    assert merge(Settings(), {"compile": True}).compile == "on"
+    assert merge(Settings(compile="on"), {"compile": None}).compile == "on"
+    with pytest.raises(ConfigError, match=r"^precision fp8 goes with dtype bfloat16, and dtype is float16"):
+        merge(Settings(), {"precision": "fp8", "dtype": "float16"}, {"precision": "--precision"})
 
 
 def test_guidance_scale_is_another_name_of_guidance(tmp_path: Path) -> None:
@@ -115,6 +145,21 @@ def test_guidance_scale_is_another_name_of_guidance(tmp_path: Path) -> None:
         ("devices: {gpu_ids: [1, 1]}", "config.yaml: devices: gpu_ids names a GPU twice"),
         ("devices: {device: cpu, gpus: 2}", "config.yaml: devices: GPUs are named though device is cpu"),
         ("model: ''", "config.yaml: model: is empty"),
+        ("batch_size: 0", "config.yaml: batch_size: 0 is no batch size; write auto or a whole number from 1 to 1024"),
+        ("batch_size: true", "config.yaml: batch_size: true is no batch size"),
+        ("compile: maybe", "config.yaml: compile: 'maybe' is not one of auto, on, off"),
+        ("precision: int4", "config.yaml: precision: 'int4' is not one of bf16, fp8"),
+        ("attention: 3", "config.yaml: attention: 3 is no attention back end; write auto, or a name such as native"),
+        (
+            "exact: true\nbatch_size: 4",
+            "config.yaml: exact keeps batches of one, and batch_size is 4; keep one of them",
+        ),
+        ("exact: true\njudge: {batch_size: 2}", "config.yaml: exact keeps batches of one, and judge.batch_size is 2"),
+        ("precision: fp8\ndtype: float32", "config.yaml: precision fp8 goes with dtype bfloat16, and dtype is float32"),
+        (
+            "precision: fp8\ndevices: {device: cpu}",
+            "config.yaml: precision fp8 needs a GPU, and this run is on the CPU",
+        ),
         ("steps: 1\nsteps: 2", "config.yaml, line 2, column 1: the key 'steps' is there twice; keep one of them"),
         ("output: {folder: a, folder: b}", "config.yaml, line 1, column 21: the key 'folder' is there twice"),
         ("steps: [", "config.yaml, line 1, column 9: "),

@@ -8,7 +8,7 @@ import pytest
 
 from imagemill.estimate import Group, Pace, estimate, groups, measured, pace
 from imagemill.ledger import FILE_NAME, Attempt, Ledger
-from imagemill.records import Failure, PlannedTask, Receipt, Settle, Task, Ticket
+from imagemill.records import Failure, PlannedTask, Receipt, Settle, Task, Ticket, Tuning
 
 MODEL = "model:z"
 FAMILIES = {MODEL: "z_image"}
@@ -82,6 +82,24 @@ def test_an_h100_has_the_figures_of_an_h100_only_for_the_family_that_was_measure
     assert "H100" in pace(None, FAMILIES, H100).source
     assert pace(None, {MODEL: "sdxl"}, H100).scales == {}
     assert pace(None, {MODEL: "z_image", "model:s": "sdxl"}, H100).scales == {}
+
+
+def test_a_compiled_run_has_the_figures_of_compiled_pictures_and_its_compiling_counts_as_loading() -> None:
+    eager, compiled, fp8 = (
+        pace(None, FAMILIES, H100, {MODEL: Tuning(compile=on, precision=precision, sizes=((1024, 1024),))})
+        for on, precision in ((False, "bf16"), (True, "bf16"), (True, "fp8"))
+    )
+    assert eager == pace(None, FAMILIES, H100)
+    assert "(eager, bfloat16)" in eager.source
+    assert "(compiled, bfloat16)" in compiled.source
+    assert "(compiled, fp8)" in fp8.source
+    assert compiled.scales[MODEL] == pytest.approx(0.894 / 1.403)
+    assert fp8.scales[MODEL] < compiled.scales[MODEL]
+    assert compiled.load_seconds == eager.load_seconds + 47
+
+
+def test_fp8_that_is_not_compiled_was_not_measured() -> None:
+    assert pace(None, FAMILIES, H100, {MODEL: Tuning(precision="fp8")}) == Pace()
 
 
 def test_an_unknown_device_has_no_seconds_and_says_how_to_get_them() -> None:

@@ -13,7 +13,7 @@ import pytest
 from imagemill.errors import LedgerError, OutputError
 from imagemill.ledger import FILE_NAME, Attempt, Ledger
 from imagemill.records import Failure, Kind, Outcome, PlannedTask, Receipt, Settle, Task, Ticket
-from imagemill.staging import SHOWN
+from imagemill.staging import SHOWN, Shape
 
 
 @pytest.fixture
@@ -95,6 +95,19 @@ def test_what_is_taken_back_is_free_for_later_rows(ledger: Ledger) -> None:
     ledger.staging.take_back(1)
     assert ledger.staging.add(planned(1), "row 3") is None
     assert ledger.staging.compare().total == 2
+
+
+def test_what_is_staged_is_counted_by_model_and_shape_whatever_its_adapters(ledger: Ledger) -> None:
+    ledger.staging.begin()
+    for seq, (adapters, shape) in enumerate([("-", "64x64"), ("ab@1.0", "64x64"), ("-", "answer")]):
+        one = planned(seq)
+        ticket = Ticket(seq, ("model:m", f"adapters:{adapters}", f"shape:{shape}"), "g", 1.5)
+        ledger.staging.add(replace(one, ticket=ticket), f"row {seq}")
+    assert list(ledger.staging.shapes()) == [
+        Shape("model:m", "shape:64x64", 2, 3.0),
+        Shape("model:m", "shape:answer", 1, 1.5),
+    ]
+    ledger.staging.abandon()
 
 
 def test_a_run_can_be_settled_after_staging_was_given_up(ledger: Ledger) -> None:

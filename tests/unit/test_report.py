@@ -448,3 +448,68 @@ def test_rates_keep_three_digits_that_count() -> None:
     assert [figures.rate(value) for value in (None, 0.03124, 2.4149, 99.96, 1530.2)] == [
         *("–", "0.0312", "2.41", "100", "1,530")
     ]
+
+
+# --- what the workers changed -----------------------------------------------------------------------------------------
+
+TUNING = {
+    "tiny": {"compiled": True, "why": "as asked", "precision": "bf16", "attention": "auto", "sizes": ["64x48"],
+             "batch_size": 4},
+}  # fmt: skip
+
+
+def with_notes(folder: Path, notes: Sequence[str], tuning: Any = None) -> None:
+    tasks = [a_task(0)]
+    ledger = Ledger(folder / "ledger.sqlite")
+    begin(ledger, tasks)
+    do(ledger, tasks[0], 0)
+    for number, note in enumerate(notes):
+        ledger.span(0, "note", START + number, START + number, note)
+    stats = {"workers": {"0": {"label": "GPU 0", "idle": 0.0, "held": 0.0}}}
+    ledger.end_run(START + 10, "done", stats | ({"tuning": tuning} if tuning else {}))
+    ledger.close()
+
+
+def test_notes_of_workers_and_the_tuning_stand_in_all_reports(tmp_path: Path) -> None:
+    note = "out of memory at 64x48; <b>now</b> decodes in tiles"
+    with_notes(tmp_path, ["compiled 1 size in 21 s", note], TUNING)
+    reports = write_reports(tmp_path)
+    (run,) = reports.summary["runs"]
+    assert run["notes"] == [
+        {"worker": 0, "label": "GPU 0", "after_seconds": 0.0, "note": "compiled 1 size in 21 s"},
+        {"worker": 0, "label": "GPU 0", "after_seconds": 1.0, "note": note},
+    ]
+    assert run["tuning"] == TUNING
+    text = reports.markdown.read_text("utf-8")
+    line = "tiny: compiled for 64x48 (as asked), precision bf16, attention auto, batches of up to 4"
+    assert "## What the workers changed" in text
+    assert line in text
+    assert "now\\</b\\> decodes in tiles" in text
+    page = Page(reports.page.read_text("utf-8"))
+    assert "What the workers changed" in page.text
+    assert line.removeprefix("tiny: ") in page.text
+    assert note in page.text
+
+
+def test_notes_are_no_work_and_no_loading(tmp_path: Path) -> None:
+    with_notes(tmp_path, ["a", "b"])
+    (lane,) = write_reports(tmp_path).summary["runs"][0]["workers"]
+    assert (lane["pictures"], lane["busy_seconds"], lane["load_seconds"], lane["losses"]) == (1, 1.0, 0, 0)
+
+
+def test_a_run_in_which_nothing_was_changed_has_no_such_section(a_run: Path) -> None:
+    reports = write_reports(a_run)
+    assert "What the workers changed" not in reports.markdown.read_text("utf-8")
+    assert 'id="changes"' not in reports.page.read_text("utf-8")
+
+
+def test_very_many_notes_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import imagemill.report.runs as module
+
+    monkeypatch.setattr(module, "NOTES", 3)
+    with_notes(tmp_path, [f"note {number}" for number in range(9)])
+    assert [one["note"] for one in write_reports(tmp_path).summary["runs"][0]["notes"]] == [
+        "note 0",
+        "note 1",
+        "note 2",
+    ]

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from imagemill.cli_eval import with_lists
+from imagemill.cli import app
+from imagemill.cli_eval import FLAGS, with_lists
 from imagemill.errors import ConfigError
 from imagemill.records import Answer, Kind, Outcome, Receipt, Task
 from imagemill.scoring import controls, stage_settings
@@ -248,3 +250,31 @@ def test_categories_may_stand_in_a_row() -> None:
     assert with_lists(given_) == ["eval", "b.jsonl", "--categories", "物理", "--categories", "环境", "--limit", "4"]
     assert with_lists(["run", "--categories", "a", "b"]) == ["run", "--categories", "a", "b"]
     assert with_lists([]) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("--categories a b.jsonl", "--categories a b.jsonl"),
+        ("--categories a b bench --limit 4", "--categories a --categories b bench --limit 4"),
+        ("--limit 4 --categories a bench", "--limit 4 --categories a bench"),
+        ("--categories a --categories b bench", "--categories a --categories b bench"),
+        ("--controls --categories a bench", "--controls --categories a bench"),
+        ("--categories a", "--categories a"),
+        ("bench --categories a b", "bench --categories a --categories b"),
+        ("--categories a b --limit 4 bench", "--categories a --categories b --limit 4 bench"),
+        ("--categories a b --limit=4 bench", "--categories a --categories b --limit=4 bench"),
+        ("--quiet bench --categories a b", "--quiet bench --categories a --categories b"),
+        ("--retry-failed=oom bench --categories a b", "--retry-failed=oom bench --categories a --categories b"),
+        ("--categories a b -- bench", "--categories a --categories b -- bench"),
+    ],
+)
+def test_the_benchmark_may_stand_before_and_after_the_categories(line: str, meant: str) -> None:
+    assert with_lists(["eval", *line.split()]) == ["eval", *meant.split()]
+
+
+def test_every_option_of_eval_that_takes_no_value_is_known_as_one() -> None:
+    command = typer.main.get_command(app).commands["eval"]  # type: ignore[attr-defined]
+    flags = {name for one in command.params if one.param_type_name == "option" and one.is_flag
+             for name in (*one.opts, *one.secondary_opts)}  # fmt: skip
+    assert flags | {"--retry-failed", "--help", "-h"} == set(FLAGS)

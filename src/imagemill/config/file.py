@@ -97,7 +97,7 @@ def _line(error: ErrorDetails, options: Mapping[str, str]) -> str:
         return f"{shown(error['input'])}: is not a known key; {_suggestion('')}"
     if error["type"] == "extra_forbidden":
         return f"{name}: is not a known key; {_suggestion(path)}"
-    return f"{name}: {message(error)}"
+    return f"{name}: {message(error)}" if name else message(error)
 
 
 def _suggestion(path: str) -> str:

@@ -6,12 +6,32 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from imagemill.config.values import Loras, Schedule, Size, as_base_url, as_gpus, as_schedule, as_tuple, as_variable
+from imagemill.config.values import (
+    Loras,
+    Schedule,
+    Size,
+    as_attention,
+    as_base_url,
+    as_batch,
+    as_gpus,
+    as_schedule,
+    as_switch,
+    as_tuple,
+    as_variable,
+)
 from imagemill.plan import MAX_SEED, MAX_STEPS
 
 Scale: TypeAlias = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 Seconds: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000)]
+Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
+Precision: TypeAlias = Literal["bf16", "fp8"]
+Switch: TypeAlias = Annotated[Literal["auto", "on", "off"], BeforeValidator(as_switch)]
+BatchSize: TypeAlias = Annotated[int | Literal["auto"], BeforeValidator(as_batch)]
+Attention: TypeAlias = Annotated[str, BeforeValidator(as_attention)]
+
+
+FP8_ON_CPU = "precision fp8 needs a GPU, and this run is on the CPU; remove it"
 
 
 class _Section(BaseModel):
@@ -52,11 +72,14 @@ class OutputSettings(_Section):
 
 
 class LimitSettings(_Section):
-    """Bounds of a run. Timeouts are in seconds without a sign of life; `read_ahead` is in tasks of the source."""
+    """Bounds of a run. Timeouts are in seconds without a sign of life; `read_ahead` is in tasks of the source.
+
+    `parallel_loads` workers load at once; `auto` as many as main memory holds.
+    """
 
     load_timeout: Seconds = 1800.0
     task_timeout: Seconds = 600.0
-    parallel_loads: Annotated[int, Field(ge=1, le=4096)] = 1
+    parallel_loads: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = 1
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     read_ahead: Count = 1024
 
@@ -88,7 +111,11 @@ class LoggingSettings(_Section):
 class Settings(_Section):
     """All settings of a run. A model of `None` is the embedded one; `model_fields_set` tells what was given.
 
-    `dtype` is what models compute in; `auto` is bfloat16 on GPUs and float32 on the CPU.
+    `dtype` is what models compute in; `auto` is bfloat16 on GPUs and float32 on the CPU. `precision: fp8` has the linear
+    layers of a diffusion model multiply in 8 bits. `batch_size` is the most tasks of one shape that run together; `auto`
+    goes by the shape. `exact` keeps batches of one, and `compile: auto` then stays off: a picture hangs on no other task.
+    `attention` is a back end of diffusers. `preload` starts the workers before the source is read; `trace` writes
+    trace.json beside the report. `allow_urls` has pictures to edit fetched that are named by an address of the web.
     """
 
     model: Annotated[str, Field(min_length=1)] | None = None
@@ -101,9 +128,27 @@ class Settings(_Section):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     loras: Loras = ()
     schedule: Annotated[Schedule, BeforeValidator(as_schedule)] = Schedule()
-    batch_size: Annotated[int, Field(ge=1, le=1024)] = 1
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    batch_size: BatchSize = "auto"
+    exact: bool = False
+    compile: Switch = "auto"
+    precision: Precision = "bf16"
+    attention: Attention = "auto"
+    dtype: Dtype = "auto"
+    preload: bool = False
+    trace: bool = False
+    allow_urls: bool = False
     output: OutputSettings = OutputSettings()
     limits: LimitSettings = LimitSettings()
     judge: JudgeSettings = JudgeSettings()
     logging: LoggingSettings = LoggingSettings()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Settings:
+        for name, size in (("batch_size", self.batch_size), ("judge.batch_size", self.judge.batch_size)):
+            if self.exact and isinstance(size, int) and size > 1:
+                raise ValueError(f"exact keeps batches of one, and {name} is {size}; keep one of them")
+        if self.precision == "fp8" and self.dtype not in ("auto", "bfloat16"):
+            raise ValueError(f"precision fp8 goes with dtype bfloat16, and dtype is {self.dtype}; change one of them")
+        if self.precision == "fp8" and self.devices.device == "cpu":
+            raise ValueError(FP8_ON_CPU)
+        return self

@@ -122,6 +122,27 @@ def as_gpus(value: Any) -> Any:
     raise ValueError(f"{shown(value)} is no number of GPUs; write auto or a whole number from 1")
 
 
+def as_switch(value: Any) -> Any:
+    """`auto`, `on` or `off`; YAML reads the last two as true and false, and Python has these anyway."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def as_batch(value: Any) -> Any:
+    """`auto`, or how many tasks run together."""
+    if value == "auto" or (type(value) is int and 1 <= value <= 1024):
+        return value
+    raise ValueError(f"{shown(value)} is no batch size; write auto or a whole number from 1 to 1024")
+
+
+def as_attention(value: Any) -> Any:
+    """`auto`, or a name as diffusers gives its attention back ends."""
+    if isinstance(value, str) and re.fullmatch(r"[a-z_][a-z0-9_]*", value):
+        if value.endswith("_hub"):
+            raise ValueError(f"{shown(value)} is code from the network, which is not run; install the back end itself")
+        return value
+    raise ValueError(f"{shown(value)} is no attention back end; write auto, or a name such as native or _flash_3")
+
+
 def as_base_url(value: str) -> str:
     """The address of an endpoint without a slash at its end; it must hold no user name, password, key or fragment."""
     parts = urlsplit(value)

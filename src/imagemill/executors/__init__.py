@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from imagemill.records import Event, WorkerSpec, WorkOrder
+from imagemill.records import Event, ModelSpec, WorkerSpec, WorkOrder
 
 
 class Executor(Protocol):
@@ -14,8 +14,8 @@ class Executor(Protocol):
     def start(self, specs: Sequence[WorkerSpec]) -> None:
         """Start these workers; they wait for `load`. A worker of the same number must be gone before."""
 
-    def load(self, worker: int) -> None:
-        """Tell the worker to load its first model; `WorkerReady` or `WorkerLost` follows."""
+    def load(self, worker: int, model: ModelSpec | None = None) -> None:
+        """Tell the worker to load the model of its spec, or this one; `WorkerReady` or `WorkerLost` follows."""
 
     def send(self, worker: int, order: WorkOrder) -> None:
         """Hand over a batch; `BatchEnded` or `WorkerLost` follows."""

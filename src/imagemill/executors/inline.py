@@ -11,7 +11,7 @@ from typing import Any
 
 from imagemill import wire
 from imagemill.errors import NoWorkersError
-from imagemill.records import Event, WorkerLost, WorkerSpec, WorkOrder
+from imagemill.records import Event, ModelSpec, WorkerLost, WorkerSpec, WorkOrder
 from imagemill.runners import Cancelled
 from imagemill.worker import Worker
 
@@ -72,9 +72,9 @@ class InlineExecutor:
         if not told:
             self._outbox.put(WorkerLost(spec.worker, message=reason))
 
-    def load(self, worker: int) -> None:
+    def load(self, worker: int, model: ModelSpec | None = None) -> None:
         """Tell the worker to load."""
-        self._inbox.put(wire.LoadModel())
+        self._inbox.put(wire.LoadModel(model))
 
     def send(self, worker: int, order: WorkOrder) -> None:
         """Hand a batch over."""
@@ -127,8 +127,8 @@ def _take_orders(worker: Worker, inbox: queue.SimpleQueue[Any], stop: threading.
         return False
     while not stop.is_set():
         match inbox.get():
-            case wire.LoadModel():
-                if not worker.load():
+            case wire.LoadModel(model):
+                if not worker.load(model):
                     return False
             case WorkOrder() as order:
                 worker.work(order)

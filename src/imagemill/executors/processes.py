@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import selectors
 import signal
 import socket
@@ -13,8 +14,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from imagemill import wire
-from imagemill.records import Event, WorkerLost, WorkerSpec, WorkOrder
+from imagemill import logfiles, wire
+from imagemill.records import (
+    BatchEnded,
+    BatchMade,
+    Event,
+    Failure,
+    Kind,
+    ModelSpec,
+    WorkerBeat,
+    WorkerLost,
+    WorkerReady,
+    WorkerSpec,
+    WorkOrder,
+)
 
 LEAVE_TIMEOUT = 10.0
 """Seconds a worker gets to free its device before it is killed."""
@@ -23,6 +36,11 @@ DEATH_TIMEOUT = 5.0
 """Seconds between the end of a worker's pipe and the end of its process; one that takes longer is killed."""
 
 CHUNK = 1 << 18
+
+LOG_CHECK = 0.25
+"""Seconds between two looks at how long the workers' logs are."""
+
+FROM_WORKERS = (WorkerReady, WorkerBeat, BatchMade, BatchEnded, WorkerLost)
 
 
 class Link:
@@ -51,6 +69,7 @@ class Link:
                 start_new_session=True,
             )
         self.worker = spec.worker
+        self.log = spec.log
         self.socket = ours
         self.reader = wire.FrameReader()
         self.outgoing = bytearray()
@@ -71,19 +90,36 @@ class Link:
             self.outgoing.clear()
 
     def kill(self) -> None:
-        """SIGKILL to the worker's process group."""
-        if self.process.poll() is None:
+        """SIGKILL to the worker's process group: to what it has started too, and also when it is dead but not reaped."""
+        if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
+    def dies(self, timeout: float) -> bool:
+        """Whether the process ends in time. It is not reaped where that can be told without: until then its number,
+        which is that of its group too, is given to no other process."""
+        if self.pidfd >= 0:
+            poll = select.poll()
+            poll.register(self.pidfd, select.POLLIN)
+            return bool(poll.poll(1000 * timeout))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout)
+        return self.process.returncode is not None
+
     def close(self) -> None:
-        """Reap the process and close what we hold of it."""
+        """End what is left of its group, reap the process and close what we hold of it."""
         self.kill()
         self.process.wait()
+        self.trim_log()
         self.socket.close()
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+
+    def trim_log(self) -> None:
+        """Keep the beginning and the end of a log that has grown too long."""
+        if self.log:
+            logfiles.trim(self.log)
 
 
 def _environment(spec: WorkerSpec) -> dict[str, str]:
@@ -105,6 +141,7 @@ class ProcessExecutor:
     def __init__(self) -> None:
         self._links: dict[int, Link] = {}
         self._missed: list[Event] = []
+        self._logs_seen = 0.0
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
         for end in (self._wake_in, self._wake_out):
@@ -117,20 +154,34 @@ class ProcessExecutor:
         return {number: link.process.pid for number, link in self._links.items()}
 
     def start(self, specs: Sequence[WorkerSpec]) -> None:
-        """Start a process for each spec."""
+        """Start a process for each spec. One that the system refuses (no memory, no handles, no log) is a lost worker."""
         for spec in specs:
-            link = self._links[spec.worker] = Link(spec)
+            try:
+                link = self._links[spec.worker] = Link(spec)
+            except OSError as error:
+                self._missed.append(WorkerLost(spec.worker, message=f"it cannot be started: {error}"))
+                continue
             self._selector.register(link.socket, selectors.EVENT_READ, link)
             if link.pidfd >= 0:
                 self._selector.register(link.pidfd, selectors.EVENT_READ, link)
 
-    def load(self, worker: int) -> None:
+    def load(self, worker: int, model: ModelSpec | None = None) -> None:
         """Tell a worker to load."""
-        self._post(worker, wire.frame(wire.LoadModel()))
+        self._post(worker, wire.frame(wire.LoadModel(model)))
 
     def send(self, worker: int, order: WorkOrder) -> None:
-        """Hand a batch over."""
-        self._post(worker, wire.frame(order))
+        """Hand a batch over. One that fits into no frame has failed: as too large, or for good where it is one task."""
+        try:
+            data = wire.frame(order)
+        except wire.FrameError as error:
+            kind: Kind = "oom" if len(order.tasks) > 1 else "bad_task"
+            failures = tuple(
+                Failure(planned.ticket.seq, attempt, kind, f"the order cannot be sent: {error}")
+                for planned, attempt in zip(order.tasks, order.attempts, strict=True)
+            )
+            self._missed.append(BatchEnded(worker, order.batch, (), failures, frozenset(), 0.0))
+        else:
+            self._post(worker, data)
 
     def _post(self, worker: int, data: bytes) -> None:
         link = self._links.get(worker)
@@ -147,6 +198,7 @@ class ProcessExecutor:
 
     def events(self, timeout: float | None) -> list[Event]:
         """Wait for frames and for deaths together."""
+        self._trim_logs()
         found, self._missed = self._missed, []
         gone: list[Link] = []
         for key, mask in self._selector.select(0 if found else timeout):
@@ -165,6 +217,12 @@ class ProcessExecutor:
             found.append(self._bury(link, found))
         return found
 
+    def _trim_logs(self) -> None:
+        if time.monotonic() - self._logs_seen >= LOG_CHECK:
+            for link in self._links.values():
+                link.trim_log()
+            self._logs_seen = time.monotonic()
+
     def _receive(self, link: Link, found: list[Event]) -> bool:
         """Read what is there; False when the worker has closed its end or sent garbage."""
         try:
@@ -172,6 +230,8 @@ class ProcessExecutor:
             if not data:
                 return False
             for event in link.reader.feed(data):
+                if not isinstance(event, FROM_WORKERS) or event.worker != link.worker:
+                    raise wire.FrameError(f"a {type(event).__name__} that is not its own to say")
                 if isinstance(event, WorkerLost):
                     # It gave up loading and says why; it is lost once its process is gone.
                     link.last_words = event
@@ -196,9 +256,7 @@ class ProcessExecutor:
         if link.pidfd >= 0:
             self._selector.unregister(link.pidfd)
         # The pipe ends a moment before the process does.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            link.process.wait(DEATH_TIMEOUT)
-        alive = link.process.poll() is None
+        alive = not link.dies(DEATH_TIMEOUT)
         link.close()
         del self._links[link.worker]
         message = "it closed its pipe" if alive else ending(link.process.returncode)
@@ -233,8 +291,7 @@ class ProcessExecutor:
             link.post(wire.frame(wire.Leave()))
         deadline = time.monotonic() + LEAVE_TIMEOUT
         for link in links:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                link.process.wait(max(0.0, deadline - time.monotonic()))
+            link.dies(max(0.0, deadline - time.monotonic()))
         for link in links:
             link.close()
         self._links.clear()

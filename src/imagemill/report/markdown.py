@@ -27,7 +27,7 @@ STATUS = {
 
 def markdown(title: str, summary: Mapping[str, Any]) -> str:
     """The report as Markdown (tables as in CommonMark with GitHub's extension)."""
-    parts = [f"# {one_line(title)}", *_head(summary), *_runs(summary["runs"])]
+    parts = [f"# {one_line(title)}", *_head(summary), *_runs(summary["runs"]), *_changes(summary["runs"])]
     for name in ("models", "adapters", "shapes"):
         parts += _groups(name, summary[name])
     parts += _failures(summary) + _skipped(summary["skipped"]) + _flags(summary["flags"])
@@ -73,6 +73,30 @@ def _workers(workers: Sequence[Mapping[str, Any]]) -> str:
         for lane in workers
     )
     return table(heads, rows, len(workers))
+
+
+def _changes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    notes = [(run["run"], note) for run in reversed(runs) for note in run["notes"]]
+    lines = [one_line(f"{name}: {tuned(tuning)}") for name, tuning in last_tuning(runs).items()]
+    if not notes and not lines:
+        return []
+    rows = ((str(number), note["label"], duration(note["after_seconds"]), note["note"]) for number, note in notes)
+    found = [table(("run", "worker", "after", "what"), rows, len(notes))] if notes else []
+    return ["## What the workers changed", *lines, *found]
+
+
+def last_tuning(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """How the models of the latest run that tells it were made fast."""
+    found: Mapping[str, Any] = next((run["tuning"] for run in reversed(runs) if run["tuning"]), {})
+    return found
+
+
+def tuned(tuning: Mapping[str, Any]) -> str:
+    """The tuning of a model in one line."""
+    how = "compiled" if tuning["compiled"] else "not compiled"
+    sizes = f" for {', '.join(tuning['sizes'])}" if tuning["compiled"] and tuning["sizes"] else ""
+    batch = f", batches of up to {tuning['batch_size']}" if tuning["batch_size"] > 1 else ", batches of one"
+    return f"{how}{sizes} ({tuning['why']}), precision {tuning['precision']}, attention {tuning['attention']}{batch}"
 
 
 def _groups(name: str, groups: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from imagemill.report import figures
 from imagemill.report.gallery import Gallery
 from imagemill.report.lanes import Lane
-from imagemill.report.markdown import status
+from imagemill.report.markdown import last_tuning, status, tuned
 from imagemill.report.runs import Run
 
 TEMPLATE = "report.html.j2"
@@ -53,6 +53,8 @@ def page(title: str, summary: Mapping[str, Any], runs: Sequence[Run], gallery: G
         tiles=_tiles(summary, runs),
         facts=_facts(summary, active),
         runs=[run.as_json() for run in runs[: -LISTED_RUNS - 1 : -1]],
+        changes=[(run.number, note) for run in reversed(runs) for note in run.notes],
+        tuning=[(name, tuned(how)) for name, how in last_tuning(summary["runs"]).items()],
         timelines=[_timeline(run) for run in active[: -TIMELINES - 1 : -1]],
         layers=LAYERS,
         lane_height=LANE,

@@ -14,6 +14,9 @@ from imagemill.report.lanes import Lane
 LOSSES = 100
 """How many lost workers of a run are named."""
 
+NOTES = 1000
+"""The same for what workers changed."""
+
 RUNS = "SELECT run, started, ended, status, settings, machine, stats FROM runs ORDER BY run"
 BOUNDS = (
     "SELECT run, min(started) AS first, max(ended) AS last, sum(kind IS NULL) AS pictures, "
@@ -33,7 +36,7 @@ class Run:
     """One run. `ended` is None when it goes on or died; its seconds then count to the last thing the ledger knows.
 
     `pictures` and `failures` are attempts of this run that gave a picture, or none. `first` and `last` are the start of
-    the first attempt and the end of the last.
+    the first attempt and the end of the last. `notes` are what workers had to change on their way.
     """
 
     number: int
@@ -50,6 +53,7 @@ class Run:
     seen: float = 0.0
     lanes: dict[int, Lane] = field(default_factory=dict)
     losses: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def until(self) -> float:
@@ -77,6 +81,12 @@ class Run:
     def policy(self) -> str:
         """The policy's name, or empty where neither statistics nor settings tell."""
         return str(self.stats.get("policy") or self.settings.get("schedule") or "")
+
+    @property
+    def tuning(self) -> Mapping[str, Any]:
+        """How its models were made fast, by their names; empty where the statistics do not tell."""
+        known: Mapping[str, Any] = self.stats.get("tuning") or {}
+        return known
 
     def lane(self, worker: int) -> Lane:
         """What this worker did, made when first asked for."""
@@ -108,6 +118,8 @@ class Run:
             "policy": self.policy or None,
             "workers": [lane.as_json() for _, lane in sorted(self.lanes.items())],
             "lost": self.losses,
+            "tuning": dict(self.tuning),
+            "notes": self.notes,
             "settings": dict(self.settings),
             "machine": dict(self.machine),
             "stats": dict(self.stats),
@@ -141,11 +153,15 @@ def _bare(ledger: Ledger) -> Iterator[Run]:
 
 
 def _add_span(run: Run, row: Mapping[str, Any]) -> None:
-    lane = run.lane(row["worker"])
-    lane.span(row["what"], row["started"], row["ended"])
-    if row["what"] == "lost" and len(run.losses) < LOSSES:
-        after = round(row["ended"] - run.started, 3)
-        run.losses.append({"worker": lane.worker, "label": lane.label, "after_seconds": after, "reason": row["note"]})
+    lane, what = run.lane(row["worker"]), row["what"]
+    told = {"worker": lane.worker, "label": lane.label, "after_seconds": round(row["ended"] - run.started, 3)}
+    if what == "note":
+        if len(run.notes) < NOTES:
+            run.notes.append(told | {"note": row["note"]})
+        return
+    lane.span(what, row["started"], row["ended"])
+    if what == "lost" and len(run.losses) < LOSSES:
+        run.losses.append(told | {"reason": row["note"]})
 
 
 def _worker_stats(stats: Mapping[str, Any], worker: int) -> Mapping[str, Any]:

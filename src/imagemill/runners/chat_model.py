@@ -101,8 +101,10 @@ def load_model(spec: ModelSpec, device: str, processor: Any, *, spread: bool) ->
 
     transformers.utils.logging.disable_progress_bar()
     folder, dtype = Path(spec.folder), loading.choose_dtype(spec.dtype, device)
-    how = {"trust_remote_code": False, **({"device_map": "auto"} if spread else {})}
-    model = loading.load_complete(folder, transformers.AutoModelForImageTextToText, dtype, **how)
+    where = "auto" if spread else {"": device}
+    model = loading.load_complete(
+        folder, transformers.AutoModelForImageTextToText, dtype, trust_remote_code=False, device_map=where
+    )
     loading.refuse_gaps("the model", model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise BadModel(f"{folder}: {type(model).__name__} is no chat model; take one that answers in its own sequence")
@@ -112,7 +114,7 @@ def load_model(spec: ModelSpec, device: str, processor: Any, *, spread: bool) ->
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=ends, pad_token_id=processor.tokenizer.pad_token_id
     )
-    return model if spread else model.to(device)
+    return model if spread else loading.free_to_move(model)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ class DiffusionRunner:
             self._lane = lane(self.device)
             self._ladder = Ladder(loaded.pipe, self.device, staged=is_staged(loaded.family))
             self.adapters = choose(self.device, loaded.pipe)
+            if spec.tuning.precision == "fp8":
+                self.adapters.hold(loaded.pipe)
             self._notes += tuning.tune(loaded.pipe, loaded.family, spec.tuning, self.device, beat)
         except BaseException:
             self.unload()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,6 +94,7 @@ def import_classes(spec: ModelSpec, device: str = "cpu") -> None:
     index = read_index(folder)
     read_ahead([path for name in components(index) for path in weight_files(folder / name)])
     import_module("torch")  # before the other thread asks for it
+    hush()
     with ThreadPoolExecutor(1) as side:
         context = side.submit(open_device, device)
         choose_family(spec, index["_class_name"])
@@ -101,6 +103,13 @@ def import_classes(spec: ModelSpec, device: str = "cpu") -> None:
         for module in needed_modules(spec.tuning):
             import_module(module)
         context.result()
+
+
+def hush() -> None:
+    """Without what libraries say of torchao as soon as it is installed: its kernels for other GPUs do not load, and diffusers
+    cannot read its checkpoints. fp8 that does not work raises."""
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def needed_modules(tuning: Tuning) -> list[str]:

@@ -9,6 +9,7 @@ loaded once a worker, whatever the number of categories. The same call in the sa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import Any, Literal, TypeAlias
 from imagemill import crew, judges, progress
 from imagemill.config import Settings
 from imagemill.engine import Engine, RunOptions
-from imagemill.errors import InputError
+from imagemill.errors import InputError, TaskFileError
 from imagemill.inputs import Inputs
+from imagemill.intake import SKIP_BAD
 from imagemill.progress import Progress
 from imagemill.publish import OutputFolder
 from imagemill.records import ModelSpec, Outcome
@@ -36,6 +38,9 @@ from imagemill.scoring.settlement import Edits, settle, unreadable
 
 EDITS, JUDGMENTS, SOURCES = "edits", "judgments", "sources"
 """Folders inside the output folder: of the two runs, and of pictures that lay inside the benchmark's file."""
+
+MEND = "mend the items, or choose others (--categories)"
+"""What there is to do about items that make no task."""
 
 Rejudge: TypeAlias = Literal["failed", "all"]
 Shows: TypeAlias = Callable[[str, str], Progress]
@@ -211,11 +216,23 @@ class Evaluation:
             try:
                 for outcome in engine.run(rows, folder, options):
                     found[outcome.task.id] = outcome
+            except TaskFileError as error:
+                raise by_item(error, rows) from error
             finally:
                 self._engine = None
             report = engine.report
         write_reports(folder)
         return found if report is not None and report.status == "done" else None
+
+
+def by_item(error: TaskFileError, rows: Sequence[Mapping[str, Any]]) -> TaskFileError:
+    """The refusal of rows with the items' ids in place of their numbers, and with what there is to do about it here."""
+
+    def item(found: re.Match[str]) -> str:
+        return f"item {rows[int(found[1]) - 1]['id']}: "
+
+    lines = [re.sub(r"^task (\d+): ", item, line) for line in error.problems]
+    return TaskFileError(lines, error.total, error.hint.replace(SKIP_BAD, MEND))
 
 
 # --- what is edited ---------------------------------------------------------------------------------------------------

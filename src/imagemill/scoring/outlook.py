@@ -9,11 +9,12 @@ from pathlib import Path
 
 from imagemill import crew, sources
 from imagemill.engine import RunOptions
+from imagemill.errors import TaskFileError
 from imagemill.forecast import forecast
 from imagemill.listing import columns, forecast_text, gib
 from imagemill.scoring import stage_settings
 from imagemill.scoring.controls import CONTROLS
-from imagemill.scoring.evaluation import EDITS, check, edit_rows, items_of, missing
+from imagemill.scoring.evaluation import EDITS, by_item, check, edit_rows, items_of, missing
 from imagemill.scoring.examiner import Examiner, examiner
 from imagemill.scoring.item import Item
 from imagemill.scoring.settings import EvalSettings
@@ -31,7 +32,10 @@ def outlook(settings: EvalSettings, options: RunOptions) -> str:
         if rows:
             editing = stage_settings.editing(settings)
             read = sources.from_iterable(rows)
-            plan = forecast(settings.bench, Path(settings.out) / EDITS, editing, options, read)
+            try:
+                plan = forecast(settings.bench, Path(settings.out) / EDITS, editing, options, read)
+            except TaskFileError as error:
+                raise by_item(error, rows) from error
             parts.append(f"Stage 1, the edits, by {editing.model}\n{forecast_text(plan)}")
         return "\n\n".join([*parts, _judging(settings, items, judge)])
 

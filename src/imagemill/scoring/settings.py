@@ -37,6 +37,7 @@ class EditModel:
 
     `device_ids` are the numbers that nvidia-smi shows, and empty where `gpus` counts them; `schedule` is a policy as a
     user writes it (`dynamic`, `lockstep`, `window:3`); `size` is width and height in pixels, None for the source's aspect.
+    `compile`, `precision` and `attention` are as in a run's settings.
     """
 
     model: str
@@ -53,6 +54,9 @@ class EditModel:
     seed: int | None = None
     schedule: str = "dynamic"
     size: tuple[int, int] | None = None
+    compile: Literal["auto", "on", "off"] = "auto"
+    precision: Literal["bf16", "fp8"] = "bf16"
+    attention: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +187,9 @@ def _as_form(settings: EvalSettings) -> dict[str, Any]:
         "seed",
         "schedule",
         "size",
+        "compile",
+        "precision",
+        "attention",
     )
     top = ("bench", "out", "lang", "categories", "limit", "rubric", "min_coverage", "controls", "save_images")
     return {

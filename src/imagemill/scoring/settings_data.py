@@ -16,7 +16,7 @@ OPTIONS = {
     "save_images": "save_images",
     "edit_model": "edit.model",
     **{name: f"edit.{name}" for name in ("steps", "true_cfg_scale", "guidance_scale", "negative_prompt", "seed")},
-    **{name: f"edit.{name}" for name in ("schedule", "size", "dtype")},
+    **{name: f"edit.{name}" for name in ("schedule", "size", "dtype", "compile", "precision", "attention")},
     **{name: f"devices.{name}" for name in ("device", "gpus", "gpu_ids", "workers", "isolate")},
     "judge": "judge",
     "judge_model": "judge.model",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from imagemill.config.settings import Count, DeviceSettings, LoggingSettings, Scale
+from imagemill.config.settings import Attention, Count, DeviceSettings, LoggingSettings, Precision, Scale, Switch
 from imagemill.config.values import Size, as_schedule
 from imagemill.config.wording import shown
 from imagemill.plan import MAX_SEED, MAX_STEPS
@@ -76,10 +76,14 @@ def as_judge(value: Any) -> Any:
 
 
 class EditForm(Section):
-    """The model that edits, and how; `None` is the model's own default."""
+    """The model that edits, and how; `None` is the model's own default. `compile`, `precision` and `attention` are as in
+    `imagemill run`."""
 
     model: Text
     dtype: Dtype = "auto"
+    compile: Switch = "auto"
+    precision: Precision = "bf16"
+    attention: Attention = "auto"
     steps: Steps | None = None
     true_cfg_scale: Scale | None = None
     guidance_scale: Scale | None = None

@@ -27,6 +27,11 @@ def editing(settings: EvalSettings) -> Settings:
             "seed": seed(settings),
             "schedule": edit.schedule,
             "size": edit.size,
+            "compile": edit.compile,
+            "precision": edit.precision,
+            "attention": edit.attention,
+            # What shared a batch with an item would change the last bit of its edit, and a run that goes on batches anew.
+            "batch_size": 1,
             # Without the task inside, whose paths are those of one machine, the same pixels are the same bytes everywhere.
             "output.metadata": False,
         },
