@@ -86,6 +86,8 @@ class Course:
             self.samples += samples * self.world
             self.losses.append(loss.detach())
             self.step += 1
+            if self.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # see the README: launched ahead, steps have failed to learn
             if self.step % 100 == 0:
                 self.report()
         self.report()

@@ -25,6 +25,7 @@ from measure import (
     background_prompts,
     count_prompts,
     nearer,
+    nearer_by_pixels,
     noun_prompts,
     nouns_seen,
     parts,
@@ -116,8 +117,14 @@ def of_loras(paint: Painter, atlas: Atlas) -> list[tuple[str, str]]:
         nouns = random.Random(11).sample(NOUNS, 60)
         prompts = [f"{prompt} on a yellow background" for prompt, _ in noun_prompts(nouns)]
         pictures = paint.prompts(look, prompts, lora=look)
-        near = [nearer(picture, noun, atlas, look) for picture, noun in zip(pictures, nouns, strict=True)]
-        rows.append((f"nearer to the look's atlas than to the 3D one, `{look}` at 1, {len(near)} prompts", share(near)))
+        base = paint.prompts(f"without-{look}", prompts)
+        for what, near in (("its marks", nearer), ("pixels", nearer_by_pixels)):
+            with_it, without = (
+                share(near(picture, noun, atlas, look) for picture, noun in zip(made, nouns, strict=True))
+                for made in (pictures, base)
+            )
+            name = f"nearer to the look's atlas than to the 3D one by {what}, `{look}` at 1, {len(nouns)} prompts"
+            rows.append((name, f"{with_it}; without the adapter {without}"))
     return rows
 
 

@@ -47,6 +47,7 @@ def main() -> None:
     command = parser(__doc__)
     command.add_argument("--base", type=Path, required=True, help="the trained `tiny` folder")
     command.add_argument("--look", choices=LOOKS[1:], required=True)
+    command.add_argument("--compile", choices=("whole", "blocks", "none"), default="whole")
     options = command.parse_args()
     from peft import LoraConfig
 
@@ -59,7 +60,7 @@ def main() -> None:
     course = Course(model, options, rate=1e-3, warmup=50)
     torch.manual_seed(options.seed + 1000 * course.rank + course.step)
     vae = options.base / "vae" / "diffusion_pytorch_model.safetensors"
-    lesson = Lesson(model, Atlas(options.sprites, device=course.device), vae, not options.no_compile, options.look)
+    lesson = Lesson(model, Atlas(options.sprites, device=course.device), vae, options.compile, options.look)
     batches = feed(Drawer(tokens, options.batch), options.seed + course.rank + 100, options.feeders)
     course.run(lambda step: lesson.loss(next(batches)))
     course.use_mean()

@@ -14,7 +14,7 @@ import torch
 
 from classifier import Classifier
 from nouns import article, load_nouns, plural
-from render import Atlas, numbers_of, on
+from render import LUMA, PIXEL, Atlas, numbers_of, on
 from scenes import COLOURS, PLACES, Scene, Thing
 
 Picture = npt.NDArray[np.uint8]
@@ -186,11 +186,47 @@ def a(words: str) -> str:
 
 
 def nearer(picture: Picture, noun: str, atlas: Atlas, look: str) -> bool:
-    """Whether the picture is nearer to the noun's sprite in that look than to the one in 3D, both drawn where the
-    picture's thing stands, on its background (mean absolute difference)."""
+    """Whether the picture is nearer to the noun's sprite in that look than to the one in 3D by what marks the look: for
+    pixel art how much of its edges stands on the borders of the dots, for line icons its brightness and saturation."""
+    marks = dots if look == "pixel-art" else inks
+    drawn = {name: marks(sprite) for name, sprite in redrawn(picture, noun, atlas, look).items()}
+    apart = {name: float(np.abs(value - marks(picture)).sum()) for name, value in drawn.items()}
+    return bool(apart) and apart[look] < apart["3d"]
+
+
+def nearer_by_pixels(picture: Picture, noun: str, atlas: Atlas, look: str) -> bool:
+    """The same by the mean absolute difference of the pixels, which asks for the sprite's own shape, too."""
+    drawn = redrawn(picture, noun, atlas, look)
+    apart = {name: float(np.abs(sprite - picture.astype(np.float64)).mean()) for name, sprite in drawn.items()}
+    return bool(apart) and apart[look] < apart["3d"]
+
+
+def dots(picture: Picture) -> npt.NDArray[np.float64]:
+    """The share of the squared steps between neighbours that stands on the borders of dots: down, across."""
+    colours = picture.astype(np.float64)
+    near = grown(things(picture), 3)
+    down = np.square(np.diff(colours, axis=0)).sum(2) * near[1:]
+    across = np.square(np.diff(colours, axis=1)).sum(2) * near[:, 1:]
+    shares = (
+        down[PIXEL - 1 :: PIXEL].sum() / max(1.0, down.sum()),
+        across[:, PIXEL - 1 :: PIXEL].sum() / max(1.0, across.sum()),
+    )
+    return np.array(shares)
+
+
+def inks(picture: Picture) -> npt.NDArray[np.float64]:
+    """How the thing's pixels spread over eight steps of brightness and eight of saturation."""
+    mask = things(picture)
+    pixels = (picture[mask] if mask.any() else picture.reshape(-1, 3)).astype(np.float64) / 255
+    values = (pixels @ np.array(LUMA), np.ptp(pixels, axis=1))
+    return np.concatenate([np.histogram(value, 8, (0, 1))[0] / len(pixels) for value in values])
+
+
+def redrawn(picture: Picture, noun: str, atlas: Atlas, look: str) -> dict[str, Picture]:
+    """The noun's sprites in 3D and in the look where the picture's thing stands, on its background; none without a thing."""
     mask = things(picture)
     if not mask.any():
-        return False
+        return {}
     rows, columns = np.nonzero(mask)
     height, width = mask.shape
     short = min(height, width)
@@ -203,6 +239,5 @@ def nearer(picture: Picture, noun: str, atlas: Atlas, look: str) -> bool:
         size=float(max(np.ptp(rows), np.ptp(columns)) + 1) / short,
     )
     numbers = on(atlas.device, numbers_of([Scene("", (thing,), colour, colour)]))
-    seen = torch.from_numpy(picture.copy()).permute(2, 0, 1).float() / 255
-    apart = {name: float((atlas.scenes(numbers, width, height, name)[0] - seen).abs().mean()) for name in ("3d", look)}
-    return apart[look] < apart["3d"]
+    sprites = {name: atlas.scenes(numbers, width, height, name)[0] for name in ("3d", look)}
+    return {name: (255 * sprite).round().byte().permute(1, 2, 0).cpu().numpy() for name, sprite in sprites.items()}

@@ -36,11 +36,21 @@ class Denoiser(nn.Module):
         super().__init__()
         self.text = text_encoder(tokens)
         self.transformer = z_image()
+        self.faster: dict[nn.Module, Any] = {}
+        """Compiled blocks, used for captions of `SHORT` tokens."""
 
     def real_rotary(self) -> None:
         """Attention that compiles, for training; `angles` then gives cosines and sines."""
-        for block in (*self.transformer.layers, *self.transformer.noise_refiner, *self.transformer.context_refiner):
+        for block in self.blocks():
             block.attention.processor = RealRotary()
+
+    def blocks(self) -> list[Any]:
+        """The transformer's blocks, refiners last."""
+        return [*self.transformer.layers, *self.transformer.noise_refiner, *self.transformer.context_refiner]
+
+    def compile_blocks(self) -> None:
+        """Compile each block alone: slower than the whole at once."""
+        self.faster = {block: torch.compile(block, dynamic=False) for block in self.blocks()}
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The layer before the last, as the pipeline reads it: (batch, tokens, width)."""
@@ -60,19 +70,19 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """Velocity of each patch. `patches` (batch, 256, 32), `empty` (256) marks padding, `text` (batch, tokens,
         width), `pad` (batch, tokens) marks padding, `time` (batch) is 1 - sigma."""
-        net = self.transformer
+        net, faster = self.transformer, self.faster if text.shape[1] == SHORT else {}
         time = net.t_embedder(time * net.t_scale)
         image = torch.where(empty[None, :, None], net.x_pad_token.to(patches), net.all_x_embedder["2-1"](patches))
         for block in net.noise_refiner:
-            image = block(image, None, angles, time)
+            image = faster.get(block, block)(image, None, angles, time)
         words = net.cap_embedder(text)
         words = torch.where(pad[:, :, None], net.cap_pad_token.to(words), words)
         for block in net.context_refiner:
-            words = block(words, None, text_angles)
+            words = faster.get(block, block)(words, None, text_angles)
         both = torch.cat([image, words], 1)
         turns = torch.cat([angles, text_angles], 1)
         for block in net.layers:
-            both = block(both, None, turns, time)
+            both = faster.get(block, block)(both, None, turns, time)
         velocity: Tensor = net.all_final_layer["2-1"](both, c=time)[:, : patches.shape[1]]
         return velocity
 
@@ -129,13 +139,15 @@ class Drawer:
 class Lesson:
     """One batch to one loss, whatever look the pictures have."""
 
-    def __init__(self, model: Denoiser, atlas: Atlas, vae: Path, compiled: bool, look: str = "3d") -> None:
+    def __init__(self, model: Denoiser, atlas: Atlas, vae: Path, compiled: str, look: str = "3d") -> None:
         self.model = model
         self.atlas = atlas
         self.look = look
         self.vae, self.shift, self.scale = load_autoencoder(vae, atlas.device)
-        self.encode = torch.compile(self.vae.encoder, dynamic=False) if compiled else self.vae.encoder
-        self.forward = torch.compile(model, dynamic=False) if compiled else model
+        self.encode = torch.compile(self.vae.encoder, dynamic=False) if compiled != "none" else self.vae.encoder
+        self.forward = torch.compile(model, dynamic=False) if compiled == "whole" else model
+        if compiled == "blocks":
+            model.compile_blocks()
         self.layouts: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
@@ -185,6 +197,7 @@ def pipeline(model: Denoiser, vae: Path, tokens: Any) -> Any:
 def main() -> None:
     command = parser(__doc__)
     command.add_argument("--vae", type=Path, required=True)
+    command.add_argument("--compile", choices=("whole", "blocks", "none"), default="whole")
     options = command.parse_args()
     torch.manual_seed(options.seed)
     tokens = tokenizer(load_nouns())
@@ -194,7 +207,7 @@ def main() -> None:
         load_parts(options.start, {"text_encoder": model.text.model, "transformer": model.transformer})
     course = Course(model, options, rate=8e-4)
     torch.manual_seed(options.seed + 1000 * course.rank + course.step)
-    lesson = Lesson(model, Atlas(options.sprites, device=course.device), options.vae, not options.no_compile)
+    lesson = Lesson(model, Atlas(options.sprites, device=course.device), options.vae, options.compile)
     seed = options.seed + course.rank + 100 * course.step
     batches = feed(Drawer(tokens, options.batch), seed, options.feeders)
     course.run(lambda step: lesson.loss(next(batches)))

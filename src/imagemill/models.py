@@ -21,7 +21,7 @@ from imagemill.devices import GIB
 from imagemill.errors import InputError
 from imagemill.families import Family, family, family_for
 from imagemill.plan import Defaults, PlannedModel
-from imagemill.records import ModelSpec
+from imagemill.records import ModelSpec, Tuning
 
 ASSETS = Path(__file__).parent / "assets"
 INDEX = "model_index.json"
@@ -48,7 +48,7 @@ class KnownModel:
 
     `repo` is its repository on the hub, empty for what is embedded. `parameters` are billions, text encoders and VAE
     included. `memory` is the need in bytes on the device at 1024x1024, one picture at a time. `defaults` go before
-    those of the family.
+    those of the family. `sizes` are the only widths and heights that it was trained at; empty where any will do.
     """
 
     name: str
@@ -59,6 +59,7 @@ class KnownModel:
     memory: int
     note: str = ""
     defaults: Defaults | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +72,18 @@ class Model:
 
 
 def _diffusion(
-    name: str, repo: str, family: str, parameters: float, allowance: float, note: str = "", own: Defaults | None = None
+    name: str,
+    repo: str,
+    family: str,
+    parameters: float,
+    allowance: float,
+    note: str = "",
+    own: Defaults | None = None,
+    sizes: tuple[tuple[int, int], ...] = (),
 ) -> KnownModel:
     """`parameters` are billions, at two bytes each in bfloat16; `allowance` is GiB on top of them."""
-    return KnownModel(name, repo, family, "diffusion", parameters, int(parameters * 2e9 + allowance * GIB), note, own)
+    memory = int(parameters * 2e9 + allowance * GIB)
+    return KnownModel(name, repo, family, "diffusion", parameters, memory, note, own, sizes)
 
 
 # Memory is the weights of all components in bfloat16 plus an allowance for activations, the VAE's decode and the CUDA
@@ -86,9 +95,18 @@ def _diffusion(
 # its own.
 _CATALOGUE = (
     _diffusion(
-        "tiny", "", "z_image", 0.01, 1, "embedded: random weights, pictures of noise", Defaults(128, 128, 8, 0.0)
+        "tiny",
+        "",
+        "z_image",
+        0.01,
+        1,
+        "embedded: everyday things on plain backgrounds",
+        Defaults(128, 128, 8, 0.0),
+        ((128, 128), (160, 96), (96, 160)),
     ),
-    _diffusion("tiny-edit", "", "flux2", 0.01, 1, "embedded: edits small pictures", Defaults(128, 128, 4, 1.0)),
+    _diffusion(
+        "tiny-edit", "", "flux2", 0.01, 1, "embedded: edits small pictures", Defaults(128, 128, 4, 1.0), ((128, 128),)
+    ),
     KnownModel("fake", "", "fake", "fake", 0.0, 0, "no model: test pictures, with scripted delays and failures"),
     _diffusion("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo", "z_image", 10.3, 3),
     _diffusion("qwen-image", "Qwen/Qwen-Image", "qwen_image", 28.8, 6, "two passes a step"),
@@ -117,9 +135,17 @@ KNOWN: dict[str, KnownModel] = {model.name: model for model in _CATALOGUE}
 """Every known model by its name, in the order in which they are listed."""
 
 
-def resolve(name: str, *, dtype: str = "auto", download: bool = True, judge: JudgeSettings | None = None) -> Model:
+def resolve(
+    name: str,
+    *,
+    dtype: str = "auto",
+    precision: str = "bf16",
+    attention: str = "auto",
+    download: bool = True,
+    judge: JudgeSettings | None = None,
+) -> Model:
     """The model that a name, a folder or a repository (`org/name`) means, complete on the disk; or the judge, asked as
-    `judge` says.
+    `judge` says. `precision` is part of a diffusion model's revision, `attention` is not.
 
     A known name wins over a folder of the same name (write `./NAME` for that), a folder over a repository. Downloads if
     need be, unless `download` is False or `HF_HUB_OFFLINE` is set. Raises `InputError` when there is no such model, it
@@ -142,9 +168,10 @@ def resolve(name: str, *, dtype: str = "auto", download: bool = True, judge: Jud
     if gap := _gap(folder, index):
         raise InputError(f"model {name!r}: {folder} is incomplete, it lacks {gap}; copy or download it again")
     chosen = family_for(index["_class_name"])
-    content = f"{folder_revision(folder)}/{dtype}"
+    content = f"{folder_revision(folder)}/{dtype}" + (f"/{precision}" if precision != "bf16" else "")
     memory = known.memory if known else _memory(folder, index)
-    spec = ModelSpec(name, str(folder.absolute()), "diffusion", chosen.name, content, dtype, memory)
+    tuning = Tuning(precision=precision, attention=attention)
+    spec = ModelSpec(name, str(folder.absolute()), "diffusion", chosen.name, content, dtype, memory, tuning=tuning)
     return _model(spec, chosen, known)
 
 

@@ -47,15 +47,9 @@ LOOKS = ("line-icon", "pixel-art")
 EMBEDDED = ("tiny", "tiny-edit")
 
 
-trained = pytest.mark.skipif(
-    not all((ASSETS / "tiny" / "loras" / f"{look}.safetensors").is_file() for look in LOOKS),
-    reason="the trained weights of tiny are not in the package yet",
-)
-
-
 def paint(folder: Path, tasks: Sequence[dict[str, Any]], **settings: Any) -> list[Picture]:
     """The pictures of the tasks, in order."""
-    report = imagemill.run(tasks, out=folder, **{"model": "tiny", "workers": 1, **settings})
+    report = imagemill.run(tasks, out=folder, **{"model": "tiny", "workers": 2, **settings})
     assert report.exit_code == 0, report
     results = map(json.loads, (folder / "results.jsonl").read_text("utf-8").splitlines())
     return [np.asarray(Image.open(folder / result["path"]).convert("RGB")) for result in results]
@@ -102,7 +96,6 @@ def drawn(atlas: Atlas, scenes: Sequence[Any]) -> list[Picture]:
 # --- tiny -------------------------------------------------------------------------------------------------------------
 
 
-@trained
 def test_backgrounds_have_the_asked_colour_and_things_are_recognised(tmp_path: Path, classifier: Classifier) -> None:
     prompts = [pair for noun in WHOLE[:3] for pair in background_prompts([noun])]
     pictures = painted(tmp_path, [prompt for prompt, _ in prompts])
@@ -113,28 +106,24 @@ def test_backgrounds_have_the_asked_colour_and_things_are_recognised(tmp_path: P
     assert share([NOUNS[number] == WHOLE[place // len(COLOURS)] for place, number in enumerate(seen)]) >= 0.97
 
 
-@trained
 def test_nouns_from_the_whole_list_are_recognised(tmp_path: Path, classifier: Classifier) -> None:
     chosen = random.Random(7).sample(NOUNS, 48)
     seen = nouns_seen(classifier, painted(tmp_path, [prompt for prompt, _ in noun_prompts(chosen)]))
     assert share([NOUNS[number] == noun for number, noun in zip(seen, chosen, strict=True)]) >= 0.95
 
 
-@trained
 def test_two_and_three_things_are_counted(tmp_path: Path) -> None:
     prompts = count_prompts(list(WHOLE[:10]))
     pictures = painted(tmp_path, [prompt for prompt, _ in prompts])
     assert share([parts(picture) == count for picture, (_, count) in zip(pictures, prompts, strict=True)]) >= 0.9
 
 
-@trained
 def test_things_stand_where_the_prompt_says(tmp_path: Path) -> None:
     prompts = place_prompts(["apple", "rocket"])
     pictures = painted(tmp_path, [prompt for prompt, _ in prompts])
     assert share([stands_at(picture, place) for picture, (_, place) in zip(pictures, prompts, strict=True)]) >= 0.95
 
 
-@trained
 def test_a_prompt_from_outside_gives_a_clean_picture(tmp_path: Path) -> None:
     """No noise and no haze: neighbouring pixels are alike, as in a drawing, and there is something to see."""
     prompts = ["quantum chromodynamics", "一只在月亮下唱歌的猫", "the feeling of a long Sunday, " * 12, "?"]
@@ -146,29 +135,29 @@ def test_a_prompt_from_outside_gives_a_clean_picture(tmp_path: Path) -> None:
 
 def test_batches_and_workers_do_not_change_a_picture(tmp_path: Path) -> None:
     tasks = [{"prompt": f"a {noun} on a white background"} for noun in WHOLE[:8]]
-    alone = paint(tmp_path / "1", tasks, batch_size=1)
-    two = paint(tmp_path / "2", tasks, batch_size=1, workers=2)
-    four = paint(tmp_path / "4", tasks, batch_size=4)
+    alone = paint(tmp_path / "1", tasks, batch_size=1, workers=1)
+    two = paint(tmp_path / "2", tasks, batch_size=1)
+    four = paint(tmp_path / "4", tasks, batch_size=4, workers=1)
     assert all((one == other).all() for one, other in zip(alone, two, strict=True))
     assert max(np.abs(one.astype(int) - other).max() for one, other in zip(alone, four, strict=True)) <= 1
 
 
-@trained
 @pytest.mark.parametrize("look", LOOKS)
 def test_an_adapter_gives_its_look(look: str, tmp_path: Path, atlas: Atlas) -> None:
     nouns = atlas.nouns[:14]
     tasks = [{"prompt": prompt + " on a yellow background"} for prompt, _ in noun_prompts(nouns)]
-    base = paint(tmp_path / "base", tasks[:2])
-    none = paint(tmp_path / "0", tasks[:2], lora=f"{look}:0")
-    half = paint(tmp_path / "0.5", tasks[:2], lora=f"{look}:0.5")
-    full = paint(tmp_path / "1", tasks, lora=look)
-    assert all((one == other).all() for one, other in zip(base, none, strict=True))
+    base = paint(tmp_path / "base", tasks)
+    none = paint(tmp_path / "0", tasks[:2], loras=[f"{look}:0"])
+    half = paint(tmp_path / "0.5", tasks[:2], loras=[f"{look}:0.5"])
+    full = paint(tmp_path / "1", tasks, loras=[look])
+    assert all((one == other).all() for one, other in zip(base, none, strict=False))
     for start, middle, end in zip(base, half, full, strict=False):
         far = np.abs(start.astype(int) - end).mean()
         assert far > 4
         assert np.abs(start.astype(int) - middle).mean() < far
         assert np.abs(end.astype(int) - middle).mean() < far
     assert share([nearer(picture, noun, atlas, look) for picture, noun in zip(full, nouns, strict=True)]) >= 0.85
+    assert share([nearer(picture, noun, atlas, look) for picture, noun in zip(base, nouns, strict=True)]) <= 0.15
 
 
 # --- tiny-edit --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from huggingface_hub import constants, errors
 from imagemill import models, revision
 from imagemill.errors import InputError
 from imagemill.models import KNOWN, folder_revision, resolve
+from imagemill.records import Tuning
 
 REPO = "studio/painter"
 
@@ -296,6 +297,13 @@ def test_the_revision_changes_with_each_file_that_loading_reads(tmp_path: Path) 
     (folder / "unet" / "new.json").rename(folder / "unet" / "other.json")
     seen.add(folder_revision(folder))
     assert len(seen) == 6
+
+
+def test_the_precision_is_part_of_the_revision_and_attention_is_not() -> None:
+    plain, other, fp8 = resolve("tiny"), resolve("tiny", attention="native"), resolve("tiny", precision="fp8")
+    assert plain.spec.revision == other.spec.revision != fp8.spec.revision
+    assert fp8.planned.revision == fp8.spec.revision == f"{plain.spec.revision}/fp8"
+    assert (other.spec.tuning, fp8.spec.tuning) == (Tuning(attention="native"), Tuning(precision="fp8"))
 
 
 def test_the_dtype_is_part_of_the_revision() -> None:

@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from imagemill.config import load_settings
+from imagemill.inputs import LORAS
+from imagemill.models import KNOWN
 from imagemill.sources import open_source
 
 ROOT = Path(__file__).parents[2]
@@ -119,15 +121,21 @@ def test_the_licence_is_whole_and_what_comes_from_others_is_named() -> None:
 def test_the_tweet_example_has_a_hint_in_each_tweet() -> None:
     batch = json.loads((ROOT / "examples/tweets.json").read_text("utf-8"))
     assert batch["persona"]["name"]
+    assert batch["persona"]["lora"] == {"model_path": "pixel-art", "strength": 1.0}
     assert len(batch["tweets"]) == 8
     assert all(tweet["image_generation"]["scene_hint"] for tweet in batch["tweets"])
 
 
-def test_the_prompt_example_shows_several_sizes() -> None:
+def test_the_prompt_example_shows_every_size_and_look_of_the_embedded_model() -> None:
     lines = (ROOT / "examples/prompts.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    assert len({row["id"] for row in rows}) == len(rows) == 9
-    assert len({(row.get("width"), row.get("height")) for row in rows}) == 3
+    assert len({row["id"] for row in rows}) == len(rows) == 12
+    assert {(row.get("width", 128), row.get("height", 128)) for row in rows} == set(KNOWN["tiny"].sizes)
+    looks = [row.get("lora", row.get("lora_path")) for row in rows]
+    assert (
+        set(looks) == {None, *(path.stem for path in LORAS.glob("*.safetensors"))} == {None, "pixel-art", "line-icon"}
+    )
+    assert any("lora_strength" in row for row in rows)
 
 
 @pytest.mark.parametrize("place", ["README.md", "README.zh-CN.md", "examples/config.yaml"])
@@ -138,7 +146,7 @@ def test_every_settings_file_shown_is_taken(place: str, tmp_path: Path) -> None:
     assert (settings.model, settings.size, settings.steps) == ("tiny", (128, 128), 8)
 
 
-@pytest.mark.parametrize(("name", "count"), [("tweets.json", 8), ("prompts.jsonl", 9), ("bench_tiny/bench.jsonl", 50)])
+@pytest.mark.parametrize(("name", "count"), [("tweets.json", 8), ("prompts.jsonl", 12), ("bench_tiny/bench.jsonl", 50)])
 def test_every_row_of_the_examples_is_a_task(name: str, count: int) -> None:
     rows = list(open_source(ROOT / "examples" / name))
     assert [row.problems for row in rows if row.task is None] == []

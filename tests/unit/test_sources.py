@@ -348,6 +348,13 @@ def test_aliases_are_understood() -> None:
     assert task(lora="l:0.5").loras == task(lora={"path": "l", "strength": 0.5}).loras == made.loras
 
 
+@pytest.mark.parametrize("lora", ["l", Path("l"), ["l"], {"path": "l"}, [{"path": "l"}]])
+def test_a_strength_beside_the_one_lora_is_its_strength(lora: Any) -> None:
+    assert task(lora=lora, lora_strength=0.5).loras == (Lora(os.path.abspath("l"), 0.5),)
+    assert task(loras=lora, lora_strength=None).loras == (Lora(os.path.abspath("l"), 1.0),)
+    assert task(lora=lora, lora_path="", lora_strength=0.5).loras == (Lora(os.path.abspath("l"), 1.0),)
+
+
 @pytest.mark.parametrize(
     "columns",
     [
@@ -386,7 +393,14 @@ def test_a_field_under_two_names_is_refused(columns: dict[str, Any]) -> None:
         ({"loras": [{"strength": 1}]}, "loras[0].path", "is missing"),
         ({"loras": [{"path": "a", "strength": float("nan")}]}, "loras[0].strength", "nan is not a finite number"),
         ({"lora_path": "a", "lora_strength": "x"}, "loras[0].strength", "'x' is not a number"),
-        ({"lora_strength": 0.5}, "lora_strength", "is there without lora_path"),
+        ({"lora_strength": 0.5}, "lora_strength", "is there without lora or lora_path; name the file"),
+        ({"loras": [], "lora_strength": 0.5}, "lora_strength", "is there without lora or lora_path"),
+        ({"lora": ["a", "b"], "lora_strength": 0.5}, "lora_strength", "is one strength for 2 adapters"),
+        ({"lora": "a:0.5", "lora_strength": 0.5}, "lora_strength", "is there beside a strength in loras; keep one"),
+        ({"lora": {"path": "a", "strength": 1}, "lora_strength": 1}, "lora_strength", "is there beside a strength"),
+        ({"lora": [Lora("a", 1.0)], "lora_strength": 1}, "lora_strength", "is there beside a strength"),
+        ({"lora": "a", "lora_strength": "x"}, "lora[0].strength", "'x' is not a number"),
+        ({"lora": 3, "lora_strength": 1}, "lora[0]", "3 is not"),
         ({"lora_path": "https://x.org/a.safetensors"}, "loras[0]", "is a URL; only local files"),
         ({"images": ["s3://bucket/a.png"]}, "images[0]", "is a URL"),
         ({"images": ["a\0b"]}, "images[0]", "no file name can hold"),

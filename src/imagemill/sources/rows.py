@@ -15,10 +15,10 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from imagemill.config.values import Loras, as_path, parse_size
+from imagemill.config.values import Loras, as_path, parse_lora, parse_size
 from imagemill.config.wording import field_path, message, shown
 from imagemill.errors import InputError
-from imagemill.inputs import local_path, lora_path
+from imagemill.inputs import lora_path, picture_path
 from imagemill.plan import Problem, is_unicode
 from imagemill.records import Lora, Task
 from imagemill.sources.columns import FIELDS, listed, prompt_column_of
@@ -180,15 +180,33 @@ class _Columns:
 
 
 def _single_lora(data: Mapping[str, Any], values: dict[str, Any], problems: list[Problem]) -> None:
-    """`lora_path` and `lora_strength` as the one entry of `loras`. An empty path takes its strength with it."""
+    """`lora_path` and `lora_strength` as the one entry of `loras`; without a path the strength is that of the one adapter
+    that `loras` names. An empty path takes its strength with it."""
     path, strength = values.pop("lora_path", None), values.pop("lora_strength", None)
-    if path in (None, ""):
-        if "lora_path" not in data:
-            problems.append(Problem("lora_strength", "is there without lora_path; name the file"))
-    elif "loras" in values:
-        problems.append(Problem("lora_path", "means the same as loras; keep one of them"))
-    else:
-        values["loras"] = ({"path": path, "strength": 1.0 if strength is None else strength},)
+    if path not in (None, ""):
+        if "loras" in values:
+            problems.append(Problem("lora_path", "means the same as loras; keep one of them"))
+        else:
+            values["loras"] = ({"path": path, "strength": 1.0 if strength is None else strength},)
+    elif "lora_path" not in data:
+        try:
+            values["loras"] = (_strengthened(values.get("loras"), strength),)
+        except InputError as error:
+            problems.append(Problem("lora_strength", str(error)))
+
+
+def _strengthened(loras: Any, strength: Any) -> Any:
+    """The one adapter that `loras` names, at this strength. Raises `InputError` for none, several, or a second strength."""
+    named = loras if isinstance(loras, list | tuple) else () if loras is None else (loras,)
+    if not named:
+        raise InputError("is there without lora or lora_path; name the file")
+    if len(named) > 1:
+        raise InputError(f"is one strength for {len(named)} adapters; write each its own in loras")
+    one = {"path": named[0]} if isinstance(named[0], str | os.PathLike) else named[0]
+    written = isinstance(one, Lora) or (isinstance(one, Mapping) and "strength" in one)
+    if written or (isinstance(named[0], str) and parse_lora(named[0]).path != named[0]):
+        raise InputError("is there beside a strength in loras; keep one of them")
+    return {**one, "strength": strength} if isinstance(one, Mapping) else one
 
 
 def _size(data: Mapping[str, Any], values: dict[str, Any], problems: list[Problem]) -> None:
@@ -234,7 +252,7 @@ def _task(form: TaskForm, index: int, metadata: dict[str, Any], base: Path | Non
         id=form.id if form.id is not None else f"{index + 1:06d}",
         prompt=form.prompt,
         negative_prompt=form.negative_prompt,
-        images=tuple(_located(local_path, form.images, "images", base, problems)) if form.images else (),
+        images=tuple(_located(picture_path, form.images, "images", base, problems)) if form.images else (),
         model=form.model or None,
         width=form.width,
         height=form.height,
