@@ -5,11 +5,13 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format env bench bench-gpu gpu-test clean FORCE
+.PHONY: help demo test test-slow check format env bench soak million bench-gpu gpu-test clean FORCE
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
+SOAK_ARGS ?=
+MILLION_ARGS ?=
 BENCH_ARGS ?= --out docs/benchmarks.json
 
 # Whatever environment make was started from, .venv stands alone.
@@ -67,6 +69,12 @@ format: $(READY) ## format the code and mend what ruff can mend
 
 bench: $(READY) ## measure the cost of the machinery on this machine
 	@$(BIN)/python bench/overhead.py
+
+soak: $(READY) ## half an hour with a fault every second; SOAK_ARGS="--minutes 3"
+	@$(BIN)/python tests/faults/soak.py $(SOAK_ARGS)
+
+million: $(READY) ## a million tasks: the driver's memory, the time of a resume; MILLION_ARGS="--tasks 100000"
+	@$(BIN)/python tests/faults/million.py $(MILLION_ARGS)
 
 # On a GPU machine the tests run under the Python that has its CUDA build of torch, not under .venv.
 bench-gpu: $(READY) ## measure pictures a second on this machine's GPUs, into docs/benchmarks.json

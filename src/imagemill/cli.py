@@ -1,10 +1,11 @@
 """The command: argv to settings to engine, errors to one line and an exit code.
 
-Exit codes: 0 everything is done, 1 something failed or is left, 2 bad input, 130 and 143 stopped by a signal.
+Exit codes: 0 everything is done, 1 something failed or is left, 2 bad input, 129, 130 and 143 stopped by a signal.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from contextlib import suppress
@@ -15,10 +16,14 @@ import typer
 
 from imagemill.cli_eval import compare_command, eval_command, with_lists
 from imagemill.cli_options import (
+    AllowUrls,
+    Attention,
     BatchSize,
+    Compile,
     Config,
     Device,
     DryRun,
+    Exact,
     Format,
     GpuIds,
     Gpus,
@@ -30,6 +35,8 @@ from imagemill.cli_options import (
     Negative,
     NoMetadata,
     Out,
+    Precision,
+    Preload,
     PromptColumn,
     Quiet,
     RerunChanged,
@@ -41,12 +48,13 @@ from imagemill.cli_options import (
     SkipBad,
     Source,
     Steps,
+    Trace,
     TrueCfg,
     Workers,
     options_of,
     settings_of,
 )
-from imagemill.errors import ChangedTasksError, ImagemillError
+from imagemill.errors import ChangedTasksError, ImagemillError, OutputError
 from imagemill.version import __version__
 
 if TYPE_CHECKING:
@@ -84,7 +92,12 @@ def run_command(
     negative_prompt: Negative = None,
     seed: Seed = None,
     batch_size: BatchSize = None,
+    exact: Exact = None,
+    compile: Compile = None,
+    precision: Precision = None,
+    attention: Attention = None,
     prompt_column: PromptColumn = None,
+    allow_urls: AllowUrls = None,
     format: Format = None,
     sink: SinkOption = None,
     no_metadata: NoMetadata = False,
@@ -92,6 +105,8 @@ def run_command(
     skip_bad: SkipBad = False,
     retry_failed: RetryFailed = None,
     rerun_changed: RerunChanged = False,
+    preload: Preload = None,
+    trace: Trace = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
@@ -124,7 +139,12 @@ def plan_command(
     negative_prompt: Negative = None,
     seed: Seed = None,
     batch_size: BatchSize = None,
+    exact: Exact = None,
+    compile: Compile = None,
+    precision: Precision = None,
+    attention: Attention = None,
     prompt_column: PromptColumn = None,
+    allow_urls: AllowUrls = None,
     format: Format = None,
     sink: SinkOption = None,
     limit: Limit = None,
@@ -145,6 +165,16 @@ def report_command(folder: Annotated[Path, typer.Argument(metavar="DIR", help="T
     reports = write_reports(folder)
     for place in (reports.results, reports.data, reports.markdown, reports.page):
         typer.echo(place)
+
+
+@app.command("repair")
+def repair_command(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The output folder of a run.")]) -> None:
+    """Rebuild a damaged ledger from the pictures of its folder. Exit code 1 when a picture does not read."""
+    from imagemill.repair import repair, summary
+
+    done = repair(folder)
+    typer.echo(summary(done))
+    raise typer.Exit(done.exit_code)
 
 
 @app.command("models")
@@ -199,7 +229,6 @@ def _run(source: str, out: Path | None, settings: Settings, options: RunOptions,
     from imagemill import progress
     from imagemill.engine import Engine
     from imagemill.errors import InputError
-    from imagemill.report import write_reports
     from imagemill.signals import stop_signals
 
     if settings.model is None:
@@ -209,21 +238,32 @@ def _run(source: str, out: Path | None, settings: Settings, options: RunOptions,
             err=True,
         )
     show = progress.create(quiet=quiet)
-    with Engine(config=settings, show=show, keep=False) as engine, stop_signals(engine, show) as stopped:
-        folder = out if out is not None else engine.default_folder(source)
-        fault: ImagemillError | None = None
-        try:
-            for _ in engine.run(source, folder, options):
-                pass
-        except ImagemillError as error:
-            if engine.report is None:
-                raise
-            fault = error
-        report = engine.report
-    if report is None:
-        raise InputError("the run was stopped before it began")
+    engine = Engine(config=settings, show=show, keep=False)
+    # Around all of it: workers take their time to leave, and a long report to be written.
+    with stop_signals(engine, show) as stopped:
+        with engine:
+            folder = out if out is not None else engine.default_folder(source)
+            fault: ImagemillError | None = None
+            try:
+                for _ in engine.run(source, folder, options):
+                    pass
+            except ImagemillError as error:
+                if engine.report is None:
+                    raise
+                fault = error
+            report = engine.report
+        if report is None:
+            raise InputError("the run was stopped before it began")
+        _tell(report, folder, fault, pictures=settings.output.sink == "files")
+        raise typer.Exit(stopped[0] if stopped else report.exit_code)
+
+
+def _tell(report: RunReport, folder: Path, fault: ImagemillError | None, *, pictures: bool) -> None:
+    """Write the reports and say how the run ended. Raises its fault."""
+    from imagemill.report import write_reports
+
     lines = [summary(report)]
-    if settings.output.sink == "files":
+    if pictures:
         lines.append(f"pictures: {folder}")
     try:
         lines.append(f"report:   {write_reports(folder).page}")
@@ -231,7 +271,7 @@ def _run(source: str, out: Path | None, settings: Settings, options: RunOptions,
         if fault is None:
             raise
         lines.append(f"no report: {error}")
-    with suppress(BrokenPipeError):
+    with suppress(OSError):
         # Whoever read our output has gone; that changes nothing of what was done.
         print("\n".join(lines), flush=True)
         lines = []
@@ -239,7 +279,6 @@ def _run(source: str, out: Path | None, settings: Settings, options: RunOptions,
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if fault is not None:
         raise fault
-    raise typer.Exit(stopped[0] if stopped else report.exit_code)
 
 
 def summary(report: RunReport) -> str:
@@ -265,6 +304,9 @@ def main() -> None:
     arguments = with_lists(arguments)
     try:
         app(arguments, prog_name="imagemill")
+    except OutputError as error:
+        print(f"imagemill: {error}; what is done is kept: mend that, and the same command goes on", file=sys.stderr)
+        sys.exit(error.exit_code)
     except ImagemillError as error:
         print(f"imagemill: {error}", file=sys.stderr)
         if isinstance(error, ChangedTasksError):
@@ -272,6 +314,11 @@ def main() -> None:
                 print(f"  {line}", file=sys.stderr)
             print("give --rerun-changed to make them again, or another --out to keep both", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        print(f"imagemill: {error}; raise the limit of open files (ulimit -n)", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

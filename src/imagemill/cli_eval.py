@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from imagemill.cli_options import Device, GpuIds, Gpus, Quiet, RerunChanged, RetryFailed, Schedule, Workers
+from imagemill.cli_options import (
+    AllowUrls,
+    Attention,
+    Compile,
+    Device,
+    GpuIds,
+    Gpus,
+    Precision,
+    Quiet,
+    RerunChanged,
+    RetryFailed,
+    Schedule,
+    Workers,
+)
 
 if TYPE_CHECKING:
     from imagemill.engine import RunOptions
@@ -17,6 +30,21 @@ if TYPE_CHECKING:
 
 LISTS = ("--categories",)
 """Options that take several values in a row; typer itself takes one each time the option is named."""
+
+FLAGS = (
+    *(
+        "--controls",
+        "--compile",
+        "--no-compile",
+        "--rerun-changed",
+        "--dry-run",
+        "--quiet",
+        "--retry-failed",
+        "--allow-urls",
+    ),
+    *("--help", "-h"),
+)
+"""Options that no value follows; those of `--retry-failed` stand behind its equals sign."""
 
 Bench = Annotated[
     str,
@@ -85,19 +113,36 @@ EvalDryRun = Annotated[bool, typer.Option("--dry-run", help="Read and check ever
 
 
 def with_lists(arguments: Sequence[str]) -> list[str]:
-    """The arguments of `imagemill eval` with `--categories A B` as `--categories A --categories B`."""
+    """The arguments of `imagemill eval` with `--categories A B` as `--categories A --categories B`.
+
+    Where no word stands elsewhere, the last of the list is the benchmark: `--categories A B BENCH`.
+    """
     if not arguments or arguments[0] != "eval":
         return list(arguments)
+    found, last = _spread(arguments[1:])
+    if last is not None:
+        del found[last]
+    return ["eval", *found]
+
+
+def _spread(arguments: Sequence[str]) -> tuple[list[str], int | None]:
+    """The arguments with the option before each value of a list, and the place of one option too many: that before the
+    last value of a list of several, where there would be no benchmark."""
     found: list[str] = []
-    option, taken = "", False
+    option, taken, after, bench, last = "", 0, False, False, None
     for argument in arguments:
-        if argument.startswith("-"):
-            option, taken = (argument if argument in LISTS else ""), False
+        if argument.startswith("-") and argument != "-" and not after:
+            option, taken, after = argument, 0, argument == "--"
             found.append(argument)
+        elif option in LISTS and not after:
+            last = len(found) if taken else last
+            found += [option, argument] if taken else [argument]
+            taken += 1
         else:
-            found += [option, argument] if option and taken else [argument]
-            taken = bool(option)
-    return found
+            bench = bench or after or not option or "=" in option or option in FLAGS or taken > 0
+            taken += 1
+            found.append(argument)
+    return found, None if bench else last
 
 
 def eval_command(
@@ -114,12 +159,16 @@ def eval_command(
     min_coverage: MinCoverage = None,
     steps: EvalSteps = None,
     seed: EvalSeed = None,
+    compile: Compile = None,
+    precision: Precision = None,
+    attention: Attention = None,
     schedule: Schedule = None,
     gpus: Gpus = None,
     gpu_ids: GpuIds = None,
     device: Device = None,
     workers: Workers = None,
     rejudge: RejudgeOption = None,
+    allow_urls: AllowUrls = None,
     retry_failed: RetryFailed = None,
     rerun_changed: RerunChanged = False,
     dry_run: EvalDryRun = False,
@@ -160,8 +209,11 @@ def settings_of(given: Mapping[str, Any]) -> EvalSettings:
     from imagemill.cli_options import gpus_of
     from imagemill.scoring.settings import load_eval_settings, override
 
-    names = ("edit_model", "judge", "base_url", "limit", "out", "lang", "rubric", "min_coverage", "steps", "seed")
-    options = {name: given[name] for name in (*names, "schedule", "device", "workers")}
+    names = (
+        *("edit_model", "judge", "base_url", "limit", "out", "lang", "rubric", "min_coverage", "steps", "seed"),
+        *("compile", "precision", "attention", "schedule", "device", "workers", "allow_urls"),
+    )
+    options = {name: given[name] for name in names}
     options |= gpus_of(given)
     options["out"] = None if given["out"] is None else str(given["out"])
     options["categories"] = tuple(given["categories"]) if given["categories"] else None

@@ -22,6 +22,7 @@ from typing import Any
 
 from imagemill import crew, progress, sources, trained_sizes, tuning_choice
 from imagemill.config import Settings, settings_from
+from imagemill.crashpoints import crash_point
 from imagemill.crew import Crew
 from imagemill.devices import Choice
 from imagemill.errors import ImagemillError, InputError, NoWorkersError, OutputError
@@ -122,6 +123,7 @@ class Engine:
         # Weak: a loop that is left early drops its iterator, and that ends the run.
         self._stream: Callable[[], Generator[Outcome] | None] = lambda: None
         self._closed = False
+        self._wall = 0.0
 
     def __enter__(self) -> Engine:
         return self
@@ -225,9 +227,12 @@ class Engine:
     ) -> Generator[Outcome]:
         with ExitStack() as stack:
             folder = OutputFolder(path, exclusive=options.ledger is None)
+            stack.callback(crash_point, "after-unlock")
             stack.callback(folder.close)
+            stack.callback(crash_point, "after-ledger-close")
             ledger = Ledger(options.ledger or path / FILE_NAME, folder=path.resolve())
             stack.callback(ledger.close)
+            stack.callback(crash_point, "before-ledger-close")
             stack.callback(ledger.staging.abandon)
             book = crew.find_models(self.settings)
             intake = Intake(self.settings, book, ledger, folder, overwrite=options.overwrite)
@@ -251,7 +256,9 @@ class Engine:
                     self._progress.note(line)
                 tuned = self._tune(book, choice, ledger.staging.shapes(), comparison.total)
                 self._begin(ledger, folder)
+                crash_point("before-accept")
                 intake.accept(admission, retry=options.retry, again=again)
+                crash_point("after-accept")
                 feed = ledger.work()
             stack.enter_context(LogFiles(self._log_folder(path), self.settings.logging.level))
             log.info(
@@ -265,8 +272,17 @@ class Engine:
 
     def _begin(self, ledger: Ledger, folder: OutputFolder) -> None:
         """A new run in the ledger; what a run that died left half-written is removed."""
+        crash_point("before-sweep")
         folder.sweep(ledger.open_folders())
-        ledger.begin_run(time.time(), {"imagemill": __version__, **self.settings.model_dump(mode="json")}, machine())
+        folder.sweep_reports()
+        self._wall = time.time() - time.monotonic()
+        crash_point("before-begin-run")
+        ledger.begin_run(self._now(), {"imagemill": __version__, **self.settings.model_dump(mode="json")}, machine())
+        crash_point("after-begin-run")
+
+    def _now(self) -> float:
+        """Seconds since the epoch by one reading of the clock a run: one that is set meanwhile changes no duration."""
+        return self._wall + time.monotonic()
 
     def _choose(self, book: Models, to_do: int | None) -> Choice | None:
         """The devices for the workers; None where nothing is to do or the workers are there already."""
@@ -340,7 +356,9 @@ class Engine:
         """Write the run's end. A ledger that cannot be written hides no other cause."""
         stats = {"policy": str(self.settings.schedule), **self._tuning(), **(run.stats() if run is not None else {})}
         try:
-            ledger.end_run(time.time(), status, stats)
+            crash_point("before-end-run")
+            ledger.end_run(self._now(), status, stats)
+            crash_point("after-end-run")
         except OutputError:
             if status == "done":
                 raise
@@ -380,7 +398,7 @@ class Engine:
             ledger=ledger,
             folder=folder,
             progress=self._progress,
-            started=time.time(),
+            started=self._now(),
             trace=trace,
         )
 

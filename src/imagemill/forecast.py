@@ -78,7 +78,7 @@ def forecast(
     ledger = Ledger(known, read_only=True) if known.is_file() else Ledger(Path(":memory:"), folder=folder)
     try:
         book = crew.find_models(settings)
-        intake = Intake(settings, book, ledger, OutputFolder(folder, exclusive=False, create=False))
+        intake = Intake(settings, book, ledger, OutputFolder(folder, exclusive=False, create=False), dry=True)
         if rows is None:
             rows = sources.open_source(source, prompt_column=options.prompt_column)
         admission = intake.stage(rows, limit=options.limit)

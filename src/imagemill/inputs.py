@@ -1,12 +1,13 @@
 """What the driver reads from disk before any worker starts: LoRA files and the pictures to edit.
 
-Only headers and digests: no tensor is loaded and no picture decoded. Values that only a look at the weights can tell
-(NaN, shapes that do not fit the model) are found by the worker that puts the adapter on.
+No picture is decoded here, and no tensor kept: of an adapter its header, its digest, and whether its numbers are finite.
+What only the model can tell (keys and shapes that do not fit it) is found by the worker that puts the adapter on.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import stat
@@ -26,6 +27,29 @@ LORAS = Path(__file__).parent / "assets" / "tiny" / "loras"
 MAX_HEADER = 100 * 2**20
 """Bytes; the limit that safetensors itself sets to a header."""
 
+MAX_RANK = 1024
+"""The largest rank of an adapter: the largest of those in use are 512, and above it a file is none, or a whole model."""
+
+MAX_PATH = 4096
+"""Characters of a path; Linux takes as many bytes (PATH_MAX)."""
+
+MAX_KEY = 1000
+"""Characters of a tensor's name."""
+
+NOT_FINITE = {
+    "F64": ("<u8", 0x7FF0000000000000),
+    "F32": ("<u4", 0x7F800000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+    "F8_E5M2": ("u1", 0x7C),
+    "F8_E4M3": ("u1", 0x7F),
+}
+"""The bits that are all set in NaN and infinity, and only in them, by safetensors' name of the type (E4M3 has no infinity).
+Types that are not here hold neither."""
+
+CHUNK = 4 * 2**20
+"""Bytes of a tensor that are looked at together."""
+
 PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"})
 PAIRS = (
     ("lora_A", "lora_B"),
@@ -36,6 +60,7 @@ PAIRS = (
 """Names of the two factors of an adapter: `rank x in` and `out x rank` (PEFT, its embeddings, kohya, old diffusers)."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_WEB = re.compile(r"https?://", re.IGNORECASE)
 _LOKR = re.compile(r"lokr_(?:w[12]|t2)(?:_[ab])?$")
 _PAIR_PATTERNS = tuple(
     (re.compile(rf"(?:(?<=[._])|^){re.escape(first)}(?=\.|$)"), second, is_first)
@@ -84,6 +109,8 @@ def local_path(text: str, base: str | os.PathLike[str] | None = None) -> str:
         raise InputError(f"{text!r} is a URL; only local files are read: download it and name the file")
     if not text.strip():
         raise InputError("the path is empty; name a file")
+    if len(text) > MAX_PATH:
+        raise InputError(f"the path has {len(text):,} characters; at most {MAX_PATH:,} are taken")
     if "\0" in text or not is_unicode(text):
         raise InputError(f"{text!r} contains a character no file name can hold; remove it")
     plain = os.path.expanduser(text)
@@ -99,6 +126,21 @@ def lora_path(text: str, base: str | os.PathLike[str] | None = None) -> str:
     embedded = LORAS / f"{text}.safetensors"
     bare = os.path.basename(text) == text
     return str(embedded) if bare and not os.path.exists(path) and embedded.is_file() else path
+
+
+def picture_path(text: str, base: str | os.PathLike[str] | None = None) -> str:
+    """As `local_path`, but an address of the web stays as it is: whether it may be fetched is the run's to say."""
+    return text if is_web_address(text) else local_path(text, base)
+
+
+def is_path(text: str) -> bool:
+    """Whether the parts of the text are short enough for file names (255 bytes)."""
+    return all(len(part.encode()) <= 255 for part in text.split("/"))
+
+
+def is_web_address(text: str) -> bool:
+    """Whether the text is an address of http or https, and no path."""
+    return _WEB.match(text) is not None
 
 
 def digest_file(path: str | os.PathLike[str]) -> str:
@@ -119,7 +161,13 @@ def read_lora(path: str) -> LoraFile:
     shapes = _read_shapes(path)
     if not shapes:
         raise InputError(f"{path}: holds no tensors; it was saved empty, so save it again from the training")
-    return LoraFile(path, digest_file(path), size, _rank(path, shapes), len(shapes), _format(shapes))
+    rank = _rank(path, shapes)
+    if rank > MAX_RANK:
+        raise InputError(
+            f"{path}: has the rank {rank:,}; at most {MAX_RANK:,} is taken, so extract it with a smaller one"
+        )
+    _check_finite(path)
+    return LoraFile(path, digest_file(path), size, rank, len(shapes), _format(shapes))
 
 
 def read_image(path: str) -> ImageFile:
@@ -137,6 +185,7 @@ class Inputs:
     def __init__(self) -> None:
         self._loras: _Readings[LoraFile] = _Readings(read_lora, "LoRA")
         self._images: _Readings[ImageFile] = _Readings(read_image, "picture")
+        self._fetched: dict[str, ImageFile] = {}
 
     def lora(self, path: str) -> LoraFile:
         """The checked header and digest of an adapter. Raises `InputError` as `read_lora` does."""
@@ -144,7 +193,11 @@ class Inputs:
 
     def image(self, path: str) -> ImageFile:
         """Digest and size of a picture to edit. Raises `InputError` when it is missing, empty or no file."""
-        return self._images.of(path)
+        return self._fetched.get(path) or self._images.of(path)
+
+    def remember(self, fetched: ImageFile) -> None:
+        """Take a picture as known that was fetched, and perhaps not kept."""
+        self._fetched[fetched.path] = fetched
 
 
 class _Readings(Generic[T]):
@@ -220,10 +273,36 @@ def _read_shapes(path: str) -> dict[str, tuple[int, ...]]:
         raise InputError(f"{path}: is damaged or cut off ({reason}); copy or download it again") from error
 
 
+def _check_finite(path: str) -> None:
+    """Refuse NaN and infinity, which one broken save in a training leaves in all pictures. Reads the file once, by chunks."""
+    import numpy as np
+
+    try:
+        with open(path, "rb") as file:
+            start = 8 + struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(start - 8))
+            for key, tensor in header.items():
+                if key == "__metadata__" or tensor["dtype"] not in NOT_FINITE:
+                    continue
+                kind, mask = NOT_FINITE[tensor["dtype"]]
+                begin, end = tensor["data_offsets"]
+                file.seek(start + begin)
+                for place in range(begin, end, CHUNK):
+                    bits = np.frombuffer(file.read(min(CHUNK, end - place)), kind)
+                    if ((bits & mask) == mask).any():
+                        raise InputError(
+                            f"{path}: holds NaN or infinity in {key!r}; take an earlier save of the training"
+                        )
+    except (OSError, ValueError, LookupError, struct.error) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
 def _rank(path: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """The largest rank of the file, after checking that every factor has its other half."""
     ranks = []
     for key, shape in shapes.items():
+        if len(key) > MAX_KEY:
+            raise InputError(f"{path}: names a tensor with {len(key):,} characters; it is no LoRA, or is damaged")
         if _LOKR.search(key):
             ranks.append(_lokr_rank(path, key, shape, shapes))
             continue

@@ -1,25 +1,36 @@
 """From the rows of a source to the work of a run: resolve, check, fingerprint, stage in the ledger, compare.
 
-Nothing of the output folder changes before `Intake.accept`; a bad row, a changed task or a damaged ledger stops before.
+Nothing of the output folder changes before `Intake.accept`, but for pictures that were fetched into their hidden folder; a
+bad row, a changed task or a damaged ledger stops before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from imagemill import plan
 from imagemill.config import Settings
+from imagemill.config.wording import shown
+from imagemill.downloads import FOLDER, Downloads
 from imagemill.errors import ChangedTasksError, InputError, TaskFileError
-from imagemill.inputs import ImageFile, Inputs
+from imagemill.inputs import ImageFile, Inputs, is_web_address
 from imagemill.ledger import Ledger
 from imagemill.models import Model
 from imagemill.plan import Defaults, Problem
 from imagemill.publish import OutputFolder
-from imagemill.records import Task
+from imagemill.records import Task, Tuning
 from imagemill.sources import Row
 from imagemill.staging import SHOWN, Comparison
+
+SKIP_BAD = "mend the rows, or leave them out (--skip-bad)"
+"""What there is to do about bad rows; a caller that has no such option puts its own words in this place."""
+
+
+AHEAD = 32
+"""Rows whose pictures are being fetched before their turn."""
 
 
 @dataclass(slots=True)
@@ -54,6 +65,12 @@ class Models:
             raise found
         return found
 
+    def tune(self, tunings: Mapping[str, Tuning]) -> None:
+        """Give the models of these names, which were found before, their tuning."""
+        for name, found in self._found.items():
+            if isinstance(found, Model) and found.spec.name in tunings:
+                self._found[name] = replace(found, spec=replace(found.spec, tuning=tunings[found.spec.name]))
+
     def used(self) -> tuple[Model, ...]:
         """Every model that was found, in the order of first use."""
         return tuple(found for found in self._found.values() if isinstance(found, Model))
@@ -62,7 +79,7 @@ class Models:
 class Intake:
     """Takes rows into the ledger's staging area.
 
-    `overwrite` lets a new task replace a file that no run of the folder made.
+    `overwrite` lets a new task replace a file that no run of the folder made. With `dry` no picture that is fetched is kept.
     """
 
     def __init__(
@@ -73,9 +90,11 @@ class Intake:
         folder: OutputFolder,
         *,
         overwrite: bool = False,
+        dry: bool = False,
     ) -> None:
         self.models = models
         self._overwrite = overwrite
+        self._downloads = Downloads(folder.path / FOLDER, keep=not dry) if settings.allow_urls else None
         self.folder = folder
         self._ledger = ledger
         self.inputs = Inputs()
@@ -101,13 +120,16 @@ class Intake:
         except BaseException:
             self._ledger.staging.abandon()
             raise
+        finally:
+            if self._downloads is not None:
+                self._downloads.close()
 
     def _stage(self, rows: Iterable[Row], first: int, limit: int | None) -> Admission:
         admission = Admission()
         for lora in self._defaults.loras:
             self.inputs.lora(lora.path)  # the run's own: no row is to blame for it
         seq = first
-        for row in rows:
+        for row in self._fetching(rows, limit, self._downloads) if self._downloads is not None else rows:
             if limit is not None and admission.rows >= limit:
                 break
             if row.skipped:
@@ -127,6 +149,21 @@ class Intake:
         admission.tasks = seq - first
         return admission
 
+    def _fetching(self, rows: Iterable[Row], limit: int | None, downloads: Downloads) -> Iterator[Row]:
+        """The rows, up to `limit` that count; some of them are read ahead, so that their pictures come meanwhile."""
+        waiting: deque[Row] = deque()
+        count = 0
+        for row in rows:
+            if row.task is not None and not row.problems:
+                downloads.ahead(filter(is_web_address, row.task.images))
+            waiting.append(row)
+            count += not row.skipped
+            if count == limit:
+                break
+            if len(waiting) > AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
     def _stage_task(self, task: Task, row: Row, seq: int) -> tuple[int, list[Problem]]:
         """Stage the one or more pictures of a row, all or none; returns the next number and what is wrong."""
         first = seq
@@ -139,6 +176,7 @@ class Intake:
             if found:
                 return seq, found
         pictures = self._pictures(task, found)
+        task = task if found else replace(task, images=tuple(picture.path for picture in pictures))
         source = pictures[0].size if pictures else None
         task = plan.resolve(task, row.index, self._defaults, model.planned, self._format, source)
         task = self._with_digests(task, found)
@@ -164,8 +202,21 @@ class Intake:
         pictures = []
         for number, path in enumerate(task.images):
             with _as_problem(found, f"images[{number}]"):
-                pictures.append(self.inputs.image(path))
+                pictures.append(self._picture(path))
         return pictures
+
+    def _picture(self, path: str) -> ImageFile:
+        """The picture of that path or address. Raises `InputError`."""
+        if not is_web_address(path):
+            return self.inputs.image(path)
+        if self._downloads is None:
+            raise InputError(
+                f"{shown(path)} is a URL, which is fetched only if that is allowed: give --allow-urls (in Python and YAML "
+                "allow_urls), or download it and name the file"
+            )
+        picture = self._downloads.image(path)
+        self.inputs.remember(picture)
+        return picture
 
     def _with_digests(self, task: Task, found: list[Problem]) -> Task:
         loras = list(task.loras)
@@ -185,8 +236,7 @@ class Intake:
                 raise InputError("the source holds no task that could run")
             if admission.bad_rows and not skip_bad:
                 start = "the run ends here, what is done is kept" if part else "nothing was started"
-                hint = f"{start}; mend the rows, or leave them out (--skip-bad)"
-                raise TaskFileError(admission.bad, admission.bad_rows, hint)
+                raise TaskFileError(admission.bad, admission.bad_rows, f"{start}; {SKIP_BAD}")
             return self._compare(rerun_changed=rerun_changed)
         except BaseException:
             self._ledger.staging.abandon()

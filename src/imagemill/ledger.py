@@ -7,6 +7,7 @@ one reading of the wall clock a run plus the monotonic clock, so that a clock th
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from imagemill import wire
-from imagemill.errors import LedgerError
+from imagemill.crashpoints import crash_point
+from imagemill.errors import ImagemillError, LedgerError, OutputError
 from imagemill.records import Outcome, PlannedTask, Receipt, Settle, Ticket
 from imagemill.staging import Staging, writing
 
@@ -45,6 +47,17 @@ CREATE TABLE IF NOT EXISTS skipped (run INTEGER NOT NULL, place TEXT NOT NULL, r
 """
 
 
+TABLES = frozenset(re.findall(r"CREATE TABLE IF NOT EXISTS (\w+)", SCHEMA))
+STATES = frozenset(("pending", "done", "failed"))
+SIDE_FILES = ("-wal", "-shm", "-journal")
+"""What SQLite puts beside the file, by the ends of their names."""
+
+UNWRITABLE = frozenset(
+    (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
+)
+"""What SQLite says of a disk that is full, or fails, or may not be written: the ledger on it may well be whole."""
+
+
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One attempt as the engine saw it; times are seconds since the epoch."""
@@ -62,7 +75,8 @@ class Attempt:
 class Ledger:
     """The open ledger of one folder. Not shared between threads.
 
-    Raises `LedgerError` when the file is damaged, of another version, or no ledger at all.
+    Raises `LedgerError` when the file is damaged, of another version, or no ledger at all, and `OutputError` when the disk
+    refuses it.
     """
 
     def __init__(self, path: Path, *, folder: Path | None = None, read_only: bool = False) -> None:
@@ -71,6 +85,7 @@ class Ledger:
         self.run = 0
         self._fresh = False
         self._read_only = read_only
+        self._refuse_links()
         try:
             name = f"{path.absolute().as_uri()}?mode=ro" if read_only else path
             self._db = sqlite3.connect(name, uri=read_only, isolation_level=None)
@@ -80,12 +95,34 @@ class Ledger:
                 self._db.close()
                 raise
         except sqlite3.DatabaseError as error:
-            raise LedgerError(
-                f"{path}: the ledger does not read ({error}); move the folder away or give another --out, "
-                "every picture is then made again"
-            ) from error
+            raise self._refusal(error) from error
         self._db.execute("PRAGMA temp_store = FILE")
         self.staging = Staging(self._db)
+
+    def _refuse_links(self) -> None:
+        """SQLite would follow a link and write where it leads."""
+        for end in ("", *SIDE_FILES):
+            place = self.path.with_name(self.path.name + end)
+            if place.is_symlink():
+                raise LedgerError(f"{place}: is a link, which a ledger never is; put the file itself there")
+
+    def _refusal(self, error: sqlite3.DatabaseError) -> ImagemillError:
+        """What to say of a file that SQLite does not open: a full disk is no damage."""
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the extension of some codes
+        if code in UNWRITABLE and self.path.is_file():
+            if self._read_only:
+                return LedgerError(
+                    f"{self.path}: the ledger cannot be read now ({error}); see to the disk, then try again"
+                )
+            return OutputError(f"{self.path}: the ledger cannot be written ({error})")
+        return self._damaged(str(error))
+
+    def _damaged(self, what: str) -> LedgerError:
+        """What is wrong, and what to do, in one line."""
+        return LedgerError(
+            f"{self.path}: the ledger does not read ({' '.join(what.split())}); `imagemill repair {self.path.parent}` "
+            "rebuilds it from the pictures; or move the folder away or give another --out, every picture is then made again"
+        )
 
     def _prepare(self, read_only: bool) -> None:
         """Refuse what is not ours before anything of it is changed; a new file becomes a ledger in one step."""
@@ -104,15 +141,32 @@ class Ledger:
         if row is None or row[0] != VERSION:
             found = row[0] if row else "none"
             raise LedgerError(
-                f"{self.path}: written by another version (ledger format {found}, this one reads {VERSION})"
+                f"{self.path}: written by another version (ledger format {found}, this one reads {VERSION}); go on with "
+                f"that version, or give another --out, or have `imagemill repair {self.path.parent}` rebuild it"
             )
-        # About 2 microseconds a task, and better now than in the middle of a run.
-        verdict = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        # Better now than in the middle of a run. A million tasks take 8 seconds, 4 with the quick check, which does not
+        # look whether an index agrees with its table: a run that went by it would leave tasks out and call itself done.
+        check = "quick_check" if self._read_only else "integrity_check"
+        verdict = self._db.execute(f"PRAGMA {check}(1)").fetchone()[0]
         if verdict != "ok":
-            verdict = " ".join(verdict.split())
-            raise LedgerError(
-                f"{self.path}: the ledger is damaged ({verdict}); move the folder away or give another --out"
-            )
+            raise self._damaged(verdict)
+        if self._is_cut():
+            raise self._damaged("it ends in the middle of a page")
+        found = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not found >= TABLES:
+            raise self._damaged(f"it lacks the table {min(TABLES - found)}")
+        strange = {state for (state,) in self._db.execute("SELECT DISTINCT state FROM tasks")} - STATES
+        if strange:
+            raise self._damaged(f"a task is in the state {min(map(str, strange))!r}")
+
+    def _is_cut(self) -> bool:
+        """SQLite takes the missing end of a last page for zeros. While there is a log, that holds what the file lacks."""
+        for end in SIDE_FILES:
+            beside = self.path.with_name(self.path.name + end)
+            if end != "-shm" and beside.exists() and beside.stat().st_size:
+                return False
+        size = self._db.execute("PRAGMA page_size").fetchone()[0]
+        return bool(self.path.stat().st_size % size)
 
     def close(self) -> None:
         """Close the file; everything committed is on disk. A new file that no run was begun in is removed."""
@@ -123,7 +177,9 @@ class Ledger:
                 self._db.execute("PRAGMA journal_mode = DELETE")
         self._db.close()
         if self._fresh and not self.run:
-            self.path.unlink(missing_ok=True)
+            for end in ("", *SIDE_FILES):
+                with suppress(OSError):
+                    self.path.with_name(self.path.name + end).unlink(missing_ok=True)
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
@@ -166,10 +222,10 @@ class Ledger:
         }
 
     def resumed(self) -> int:
-        """Tasks of the current run that an earlier run had done."""
-        begun = "(SELECT started FROM runs WHERE run = ?)"
-        query = f"SELECT count(*) FROM tasks WHERE run = ? AND state = 'done' AND settled < {begun}"
-        return int(self._db.execute(query, (self.run, self.run)).fetchone()[0])
+        """Tasks of the current run that an earlier run had done: told by the attempts, as clocks may be set between runs."""
+        own = "SELECT 1 FROM attempts WHERE id = tasks.id AND run = tasks.run AND kind IS NULL"
+        query = f"SELECT count(*) FROM tasks WHERE run = ? AND state = 'done' AND NOT EXISTS ({own})"
+        return int(self._db.execute(query, (self.run,)).fetchone()[0])
 
     def work(self, first: int = 0, page: int = 512) -> Iterator[tuple[PlannedTask, Outcome | None]]:
         """The tasks of the current run in order, page by page; with its outcome where one is settled already."""
@@ -226,6 +282,7 @@ class Ledger:
                 "receipt = ? WHERE id = ?",
                 (_settled_row(name, settle, now) for name, settle in settled),
             )
+            crash_point("in-commit")
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
@@ -247,7 +304,7 @@ class Ledger:
             for row in cursor:
                 yield dict(zip(names, row, strict=True))
         except sqlite3.DatabaseError as error:
-            raise LedgerError(f"{self.path}: the ledger does not read ({error})") from error
+            raise self._damaged(str(error)) from error
 
 
 def _settled_row(name: str, settle: Settle, now: float) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+from imagemill.crashpoints import crash_point
 from imagemill.errors import ImagemillError, OutputError
 from imagemill.executors import Executor
 from imagemill.intake import Models
@@ -217,6 +218,8 @@ class Run:
 
     def _note(self, event: Event, now: float) -> None:
         """Keep what the ledger tells of attempts and loading, and show it."""
+        if isinstance(event, WorkerLost):
+            event = self.scheduler.explained(event)
         self._progress.event(event)
         match event:
             case WorkerReady(worker, _, seconds):
@@ -251,6 +254,8 @@ class Run:
         """
         sent = self._at_work.get(worker, {})
         ended = isinstance(event, BatchEnded)
+        if ended and not self.scheduler.board.workers[worker].live:
+            return  # it is being killed: what it says now comes too late to count, and its loss ends the attempt
         for number in [event.batch] if isinstance(event, BatchEnded) else list(sent):
             if number in sent:
                 batch, started = sent.pop(number)
@@ -260,11 +265,14 @@ class Run:
 
     def _end_attempt(self, worker: int, batch: Batch, began: float, event: BatchEnded | WorkerLost, now: float) -> None:
         faults = {failure.seq: failure for failure in event.failures} if isinstance(event, BatchEnded) else {}
+        made = {(one.seq, one.attempt) for one in event.receipts} if isinstance(event, BatchEnded) else set()
         for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True):
             planned = self._tasks.get(ticket.seq)
             if planned is None:
                 continue
             fault: Failure | WorkerLost | None = faults.get(ticket.seq)
+            if fault is None and isinstance(event, BatchEnded) and (ticket.seq, attempt) not in made:
+                fault = Failure(ticket.seq, attempt, "transient", "the worker gave no result")
             if isinstance(event, WorkerLost):
                 fault = event
                 self._folder.discard(temporary_path(planned, attempt))
@@ -279,10 +287,14 @@ class Run:
     def _perform(self, command: Command, now: float) -> None:
         match command:
             case Spawn(worker):
+                crash_point("before-spawn")
                 self._executor.start([self._specs[worker]])
+                crash_point("after-spawn")
             case Load(worker):
                 self._loading[worker] = now
+                crash_point("before-load")
                 self._executor.load(worker, self._specs[worker].model)
+                crash_point("after-load")
             case Dispatch(worker, batch):
                 self._dispatch(worker, batch, now)
             case Kill(worker, reason):
@@ -302,7 +314,9 @@ class Run:
         tasks = tuple(self._tasks[ticket.seq] for ticket in batch.tickets)
         model = self._models.get(tasks[0].task.model).spec
         coming = self._coming(tasks[0].task.loras)
+        crash_point("before-dispatch")
         self._executor.send(worker, WorkOrder(batch.id, model, self._sink, tasks, batch.attempts, coming))
+        crash_point("after-dispatch")
         self._progress.dispatched(worker, tasks)
 
     def _coming(self, now: Sequence[Lora]) -> tuple[Lora, ...]:
@@ -370,7 +384,9 @@ class Run:
             return
         try:
             self._folder.sync()
+            crash_point("before-commit")
             self._ledger.settle(self._uncommitted, self._attempts, self._wall + now)
+            crash_point("after-commit")
         except OSError as error:
             raise OutputError(f"the output folder cannot be written: {error}") from error
         for outcome in self._outcomes:

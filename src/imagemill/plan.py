@@ -166,7 +166,7 @@ def file_stem(name: str) -> str:
 
     A name that had to change, or that is longer than 120 bytes, gets a short hash, so that two names never meet.
     """
-    stem = re.sub(r"[^\w.-]", "_", name).lstrip(".-")
+    stem = re.sub(r"[^\w.-]", "_", name).lstrip(".-")[:120]  # a character is a byte at least
     while len(stem.encode()) > 120:
         stem = stem[:-1]
     if stem != name:

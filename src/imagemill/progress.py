@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -214,8 +215,8 @@ class Plain(Silent):
     def _print(self, text: str) -> None:
         try:
             print(text, file=self._out, flush=True)
-        except BrokenPipeError:
-            # Whoever read the lines has gone; the run goes on without them.
+        except OSError:
+            # Whoever read the lines has gone, or the disk that keeps them is full; the run goes on without them.
             self._out = open(os.devnull, "w")  # noqa: SIM115
 
     def refresh(self, scheduler: Scheduler) -> None:
@@ -237,7 +238,7 @@ class Plain(Silent):
 
 
 class Terminal(Silent):
-    """One line over all and one a worker, redrawn in place."""
+    """One line over all and one a worker, redrawn in place. A terminal that is gone shows nothing more; the run goes on."""
 
     def __init__(self, stage: str = "", unit: str = "picture") -> None:
         super().__init__(stage, unit)
@@ -251,11 +252,13 @@ class Terminal(Silent):
     def begin(self, total: int | None, labels: Mapping[int, str]) -> None:
         """Start drawing."""
         super().begin(total, labels)
-        self._live.start()
+        with suppress(OSError):
+            self._live.start()
 
     def note(self, text: str) -> None:
         """Print the line above the display."""
-        self._live.console.print(text, markup=False, highlight=False)
+        with suppress(OSError):
+            self._live.console.print(text, markup=False, highlight=False)
 
     def _render(self) -> RenderableType:
         from rich.console import Group
@@ -286,8 +289,9 @@ class Terminal(Silent):
 
     def end(self) -> None:
         """Clear the display and leave the last count."""
-        self._live.stop()
-        print(self.tally.line(), file=sys.stderr)
+        with suppress(OSError):
+            self._live.stop()
+            print(self.tally.line(), file=sys.stderr)
 
 
 def create(*, quiet: bool = False, stage: str = "", unit: str = "picture") -> Progress:

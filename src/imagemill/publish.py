@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,8 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from imagemill.errors import FolderInUseError, InputError
+from imagemill.crashpoints import crash_point
+from imagemill.errors import FolderInUseError, InputError, OutputError
 from imagemill.inputs import digest_file
 from imagemill.records import Receipt
 from imagemill.sinks.files import TEMPORARY
@@ -20,50 +22,71 @@ LOCK_NAME = ".imagemill.lock"
 PAGE = 1024
 """Pictures that are looked at together."""
 
+DRAFT = re.compile(re.escape(TEMPORARY) + r"(\d{1,9})-(?:results\.jsonl|report\.\w+)")
+"""Names of half-written reports (report/drafts.py): the process that writes one is in its name."""
+
 
 class OutputFolder:
     """An output folder that this driver holds. Raises `FolderInUseError` when another one does.
 
-    The lock is the kernel's (flock): it ends with the process, however that ends. Without `exclusive` none is taken;
-    without `create` a folder that is not there stays away, which is enough to look.
+    The lock is the kernel's (flock): it ends with the process, however that ends. The folder itself is locked beside the
+    lock file, so that removing the file lets nobody in. Without `exclusive` none is taken; without `create` a folder that
+    is not there stays away, which is enough to look.
     """
 
     def __init__(self, path: Path, *, exclusive: bool = True, create: bool = True) -> None:
         self.path = path
-        self._lock = -1
+        self._locks: list[int] = []
         self._unsynced: set[Path] = set()
         self._rooted: set[Path] = set()
         self._inside: dict[Path, bool] = {}
         try:
             if create:
-                path.mkdir(parents=True, exist_ok=True)
+                _make(path)
             self._root = path.resolve()
             if exclusive:
                 self._take_lock()
         except OSError as error:
+            self.close()
             raise InputError(
                 f"{path}: cannot be used as output folder: {error.strerror}; give another --out"
             ) from error
 
     def _take_lock(self) -> None:
-        lock = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        crash_point("before-lock")
+        # Through a link it would empty what the link leads to.
+        lock = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        self._locks.append(lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock_folder()
         except BlockingIOError:
             holder = os.read(lock, 20).decode(errors="replace").strip()
-            os.close(lock)
+            self.close()
             raise FolderInUseError(
                 f"{self.path}: another run works in this folder (pid {holder or 'unknown'}); wait for it or give another --out"
             ) from None
-        os.ftruncate(lock, 0)
-        os.write(lock, str(os.getpid()).encode())
-        self._lock = lock
+        # The kernel keeps the lock; the pid is for people, and a full disk may refuse it.
+        with suppress(OSError):
+            os.ftruncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
+        crash_point("after-lock")
+
+    def _lock_folder(self) -> None:
+        folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._locks.append(folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            # Some network file systems lock files only.
+            os.close(self._locks.pop())
 
     def close(self) -> None:
         """Let the folder go."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        while self._locks:
+            os.close(self._locks.pop())
 
     def holds(self, relative: str) -> bool:
         """Whether the path stays inside the folder once links are followed; a link that leads round in a circle does not."""
@@ -84,7 +107,9 @@ class OutputFolder:
         if not receipt.path:
             return ""
         final = self._root / receipt.path
+        crash_point("before-rename")
         os.replace(self._root / receipt.temporary, final)
+        crash_point("after-rename")
         self._unsynced.add(final.parent)
         self._root_down(final.parent)
         return str(final)
@@ -98,19 +123,19 @@ class OutputFolder:
 
     def sync(self) -> None:
         """Make the renames since the last call survive a power cut."""
+        crash_point("before-folder-sync")
         for folder in self._unsynced:
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _sync(folder)
         self._unsynced.clear()
+        crash_point("after-folder-sync")
 
     def discard(self, relative: str) -> None:
         """Remove a temporary file that no receipt counts for, if it is there."""
         if not relative:
             return
-        with suppress(FileNotFoundError):
+        crash_point("before-discard")
+        # On a disk that has become read-only it stays; the next run sweeps it.
+        with suppress(OSError):
             (self._root / relative).unlink()
 
     def damaged(self, pictures: Iterable[tuple[str, str, str]]) -> Iterator[str]:
@@ -134,13 +159,59 @@ class OutputFolder:
             return name, False
 
     def sweep(self, folders: Iterable[str]) -> int:
-        """Remove temporary files that a dead run left in these folders; returns how many."""
+        """Remove temporary files that a dead run left in these folders; returns how many. A folder that has become a link to
+        elsewhere is left alone."""
         removed = 0
         for folder in folders:
+            if not self.holds(f"{folder}/{TEMPORARY}"):
+                continue
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self._root / folder) as entries:
                 for entry in entries:
                     ours = entry.name.startswith(TEMPORARY) and entry.name.endswith(".part")
                     if ours and not entry.is_dir(follow_symlinks=False):
-                        os.unlink(entry.path)
-                        removed += 1
+                        removed += self._remove(entry.path)
         return removed
+
+    def sweep_reports(self) -> None:
+        """Remove half-written reports of processes that are gone."""
+        with os.scandir(self._root) as entries:
+            found = [(entry.path, draft) for entry in entries if (draft := DRAFT.fullmatch(entry.name))]
+        for path, draft in found:
+            if not _alive(int(draft[1])):
+                self._remove(path)
+
+    def _remove(self, path: str) -> int:
+        try:
+            os.unlink(path)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be removed: {error.strerror}") from error
+        return 1
+
+
+def _make(path: Path) -> None:
+    """Make the folder and all above it; their names survive a power cut."""
+    made = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        # Above may be a folder in which we may write and not look.
+        with suppress(PermissionError):
+            _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _alive(pid: int) -> bool:
+    """Whether there is a process of that number, ours or not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from imagemill import picture
+from imagemill.crashpoints import crash_point
 from imagemill.errors import BadOutput, StoreFailed, classify
 from imagemill.records import (
     SEMANTICS_VERSION,
@@ -34,6 +35,9 @@ SAVERS = 2
 
 MAX_ANSWER = 200_000
 """Characters of a judge's answer; 64 of them fit into one frame."""
+
+MAX_MESSAGE = 10_000
+"""Characters of what is told of a failure; the log has it whole."""
 
 log = logging.getLogger("imagemill.worker")
 
@@ -114,7 +118,9 @@ class SavedBatch:
             self._open -= 1
             ended = self._open == 0
         if ended and self._ending is not None:
+            crash_point("before-receipt")
             self._saver.emit(self._ending())
+            crash_point("after-receipt")
 
     def _save(self, result: Result, planned: PlannedTask, sink: Sink) -> None:
         try:
@@ -133,7 +139,7 @@ class SavedBatch:
     def _failure(self, error: Exception, seq: int) -> Failure:
         fault, attempt = classify(error), self._attempts[seq]
         log.warning("task %d, attempt %d: %s\n%s", seq, attempt, fault, "".join(traceback.format_exception(error)))
-        return Failure(seq, attempt, fault.kind, str(fault), ends_run=isinstance(fault, StoreFailed))
+        return Failure(seq, attempt, fault.kind, told(fault), ends_run=isinstance(fault, StoreFailed))
 
 
 def keep(result: Result, planned: PlannedTask, attempt: int, sink: Sink) -> tuple[Receipt, tuple[Span, ...]]:
@@ -178,6 +184,11 @@ def answered(result: Result, attempt: int) -> Receipt:
         raise BadOutput("the runner gave no answer to a task that asks for one")
     made = Receipt(result.seq, attempt, 0, 0, batch_size=result.batch_size, seconds=result.seconds)
     return replace(made, answer=plain(result.answer))
+
+
+def told(error: Exception) -> str:
+    """What an error says, as a frame and any file can hold it: no lone surrogates (of a file's name, say), and not endless."""
+    return str(error)[:MAX_MESSAGE].encode("utf-8", "replace").decode()
 
 
 def plain(answer: Answer) -> Answer:

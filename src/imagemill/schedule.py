@@ -146,6 +146,12 @@ class Scheduler:
         moments += [moment for moment in (*starts, *self.board.backlog.retry_times()) if moment > clock]
         return min((moment for moment in moments if moment < float("inf")), default=None)
 
+    def explained(self, event: WorkerLost) -> WorkerLost:
+        """The event, not yet taken, with the reason for which its worker was ended, where it was."""
+        reason = self.board.workers[event.worker].ending
+        kind: Kind = "timeout" if reason.startswith("silent") else event.kind
+        return replace(event, kind=kind, message=reason or event.message)
+
     # --- events -----------------------------------------------------------------------------------------------------
 
     def on(self, event: Event, now: float) -> list[Command]:
@@ -288,8 +294,8 @@ class Scheduler:
         if worker.state in ("absent", "quarantined") and not batches:
             return []
         loading = worker.state in ("waiting", "loading")
-        kind: Kind = "timeout" if worker.ending.startswith("silent") else event.kind
-        message = f"worker {worker.id} ({worker.device}): {worker.ending or event.message or 'it died'}"
+        event = self.explained(event)
+        message = f"worker {worker.id} ({worker.device}): {event.message or 'it died'}"
         self._last_loss = message
         worker.is_gone()
         worker.losses += 1
@@ -300,7 +306,7 @@ class Scheduler:
         for batch in batches:
             for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True):
                 entry = self.board.in_flight.pop(ticket.seq)
-                failure = Failure(ticket.seq, attempt, kind, message)
+                failure = Failure(ticket.seq, attempt, event.kind, message)
                 commands += self._failed(worker, entry, failure, len(batch.tickets), now)
         if loading and event.kind == "bad_model":
             self._end = self._end or Halt("bad_model", event.message)

@@ -61,16 +61,25 @@ def read(path: str | os.PathLike[str]) -> tuple[Image, str]:
     Raises `BadTask` for a file that is gone, is no picture, is damaged or cut off, or has over `MAX_PIXELS`; `Transient`
     when the disk fails.
     """
+    data = _bytes(os.fspath(path))
+    return _decoded(data, os.fspath(path)), hashlib.sha256(data).hexdigest()
+
+
+def check(data: bytes, name: str) -> tuple[int, int]:
+    """Width and height of the upright picture that the bytes are, after it was decoded whole. Raises `BadTask` as `read`
+    does."""
+    return _decoded(data, name).size
+
+
+def _decoded(data: bytes, name: str) -> Image:
     from PIL import Image
 
-    name = os.fspath(path)
-    data = _bytes(name)
     with _readable(name):
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             _refuse_giant(name, image)
             image.verify()  # finds a PNG without its end, which decoding does not
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            return shown(image), hashlib.sha256(data).hexdigest()
+            return shown(image)
 
 
 def shown(image: Image) -> Image:
@@ -138,13 +147,13 @@ def keep(image: Image, folder: Path) -> Path:
     try:
         if not place.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            _put(data, place)
+            put(data, place)
     except OSError as error:
         raise OutputError(f"{folder} cannot take a picture to edit: {error}") from error
     return place
 
 
-def _put(data: bytes, place: Path) -> None:
+def put(data: bytes, place: Path) -> None:
     """Write the file whole or not at all: a later run trusts its name. Raises `OSError`."""
     temporary = place.with_name(f"{place.stem}-{secrets.token_hex(4)}.part")
     try:

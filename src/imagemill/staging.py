@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from imagemill import wire
-from imagemill.errors import OutputError
+from imagemill.errors import LedgerError, OutputError
 from imagemill.plan import Problem, differences
 from imagemill.records import PlannedTask, Ticket
 
@@ -69,6 +69,22 @@ def writing() -> Iterator[None]:
         raise OutputError(f"the ledger cannot be written: {error}") from error
 
 
+@contextmanager
+def staged() -> Iterator[None]:
+    """What SQLite says of staged rows: their temporary file cannot be written, or the ledger beside them does not read."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            raise OutputError(
+                f"the tasks cannot be staged in SQLite's temporary files: {error}; make room there, or name another folder "
+                "in SQLITE_TMPDIR"
+            ) from error
+        raise LedgerError(
+            f"the ledger does not read ({error}); `imagemill repair` rebuilds it from the pictures"
+        ) from error
+
+
 def _unseen(task: Mapping[str, Any]) -> str:
     """What has changed of a task whose fields are the same."""
     return f"the model, or {'a picture it edits' if task.get('images') else 'a file it reads'}, has changed"
@@ -80,11 +96,13 @@ class Staging:
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
 
+    @staged()
     def begin(self) -> None:
         """Forget what was staged and take new rows; nothing of the folder changes until `apply`."""
         self._db.executescript(STAGING)
         self._db.execute("BEGIN")
 
+    @staged()
     def add(self, planned: PlannedTask, place: str) -> Problem | None:
         """Take one task in. Returns what is wrong when its id or path is taken by an earlier row, and leaves it out."""
         task, ticket = planned.task, planned.ticket
@@ -106,10 +124,12 @@ class Staging:
         same = "" if row[1] == path else f" (up to case: {row[1]!r})"
         return Problem("output_path", f"{path!r} is already that of {row[0]}{same}; give each row its own")
 
+    @staged()
     def take_back(self, position: int) -> None:
         """Take back what was staged from this position on."""
         self._db.execute("DELETE FROM incoming WHERE position >= ?", (position,))
 
+    @staged()
     def compare(self) -> Comparison:
         """What the staged rows mean for this folder. Reads only."""
         db = self._db
@@ -141,13 +161,15 @@ class Staging:
 
     def shapes(self) -> Iterator[Shape]:
         """What is staged, counted by model and shape: all of it, done or not."""
-        rows = self._db.execute(
-            "SELECT json_extract(needs, '$[0]') AS model, json_extract(needs, '$[2]') AS shape, count(*), sum(cost) "
-            "FROM incoming GROUP BY model, shape ORDER BY model, count(*) DESC, shape"
-        )
-        for row in rows:
-            yield Shape(*row)
+        with staged():
+            rows = self._db.execute(
+                "SELECT json_extract(needs, '$[0]') AS model, json_extract(needs, '$[2]') AS shape, count(*), sum(cost) "
+                "FROM incoming GROUP BY model, shape ORDER BY model, count(*) DESC, shape"
+            )
+            for row in rows:
+                yield Shape(*row)
 
+    @staged()
     def conflicts(self, run: int) -> list[str]:
         """Staged rows whose path belongs to a task of an earlier source, or whose id the run has had already."""
         rows = self._db.execute(
@@ -168,46 +190,51 @@ class Staging:
 
     def done(self) -> Iterator[tuple[str, str, str]]:
         """(id, path, sha256) of every staged task that the folder holds as done."""
-        rows = self._db.execute(
-            "SELECT t.id, t.path, json_extract(t.receipt, '$.sha256') FROM incoming i JOIN tasks t USING (id) "
-            "WHERE t.state = 'done' AND i.fingerprint = t.fingerprint AND i.path = t.path"
-        )
-        yield from rows
+        with staged():
+            rows = self._db.execute(
+                "SELECT t.id, t.path, json_extract(t.receipt, '$.sha256') FROM incoming i JOIN tasks t USING (id) "
+                "WHERE t.state = 'done' AND i.fingerprint = t.fingerprint AND i.path = t.path"
+            )
+            yield from rows
 
     def settled(self) -> Iterator[tuple[str, str]]:
         """(id, kind of failure) of every staged task that the folder holds as done, with an empty kind, or as failed."""
-        yield from self._db.execute(
-            "SELECT t.id, ifnull(t.kind, '') FROM incoming i JOIN tasks t USING (id) "
-            "WHERE t.state != 'pending' AND i.fingerprint = t.fingerprint AND i.path = t.path"
-        )
+        with staged():
+            yield from self._db.execute(
+                "SELECT t.id, ifnull(t.kind, '') FROM incoming i JOIN tasks t USING (id) "
+                "WHERE t.state != 'pending' AND i.fingerprint = t.fingerprint AND i.path = t.path"
+            )
 
     def unkept(self) -> Iterator[str]:
         """The id of every staged task that a run with the sink `none` has done: its picture was not kept."""
-        rows = self._db.execute(
-            "SELECT t.id FROM incoming i JOIN tasks t USING (id) "
-            "WHERE t.state = 'done' AND i.fingerprint = t.fingerprint AND i.path = t.path "
-            "AND json_extract(t.receipt, '$.sha256') = '' AND json_extract(t.receipt, '$.answer') IS NULL"
-        )
-        for (name,) in rows:
-            yield name
+        with staged():
+            rows = self._db.execute(
+                "SELECT t.id FROM incoming i JOIN tasks t USING (id) "
+                "WHERE t.state = 'done' AND i.fingerprint = t.fingerprint AND i.path = t.path "
+                "AND json_extract(t.receipt, '$.sha256') = '' AND json_extract(t.receipt, '$.answer') IS NULL"
+            )
+            for (name,) in rows:
+                yield name
 
     def new(self) -> Iterator[tuple[str, str]]:
         """(place, path) of every staged task whose path is that of no task the folder knows."""
-        yield from self._db.execute(
-            "SELECT place, path FROM incoming i "
-            "WHERE NOT EXISTS (SELECT 1 FROM tasks t WHERE t.path_key = i.path_key) ORDER BY position"
-        )
+        with staged():
+            yield from self._db.execute(
+                "SELECT place, path FROM incoming i "
+                "WHERE NOT EXISTS (SELECT 1 FROM tasks t WHERE t.path_key = i.path_key) ORDER BY position"
+            )
 
     def tasks(self) -> Iterator[tuple[PlannedTask, str, str]]:
         """(task, state, kind of failure) of every staged task in order; the state is `new`, `changed` or what is known."""
-        rows = self._db.execute(
-            "SELECT i.position, i.fingerprint, i.task, i.needs, i.batch_group, i.cost, CASE WHEN t.id IS NULL THEN 'new' "
-            "WHEN i.fingerprint != t.fingerprint OR i.path != t.path THEN 'changed' ELSE t.state END, ifnull(t.kind, '') "
-            "FROM incoming i LEFT JOIN tasks t USING (id) ORDER BY i.position"
-        )
-        for position, print_, task, needs, group, cost, state, kind in rows:
-            ticket = Ticket(position, tuple(json.loads(needs)), group, cost)
-            yield PlannedTask(wire.task_from_json(task), print_, ticket), state, kind
+        with staged():
+            rows = self._db.execute(
+                "SELECT i.position, i.fingerprint, i.task, i.needs, i.batch_group, i.cost, CASE WHEN t.id IS NULL THEN 'new' "
+                "WHEN i.fingerprint != t.fingerprint OR i.path != t.path THEN 'changed' ELSE t.state END, ifnull(t.kind, '') "
+                "FROM incoming i LEFT JOIN tasks t USING (id) ORDER BY i.position"
+            )
+            for position, print_, task, needs, group, cost, state, kind in rows:
+                ticket = Ticket(position, tuple(json.loads(needs)), group, cost)
+                yield PlannedTask(wire.task_from_json(task), print_, ticket), state, kind
 
     @writing()
     def apply(self, run: int, *, retry: Sequence[str] = (), again: Iterable[str] = ()) -> None:

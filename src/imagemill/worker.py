@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from imagemill import runners, sinks, wire
+from imagemill.crashpoints import crash_point
 from imagemill.errors import classify
 from imagemill.records import (
     Event,
@@ -76,10 +77,12 @@ class Worker:
     def load(self, model: ModelSpec | None = None) -> bool:
         """Load the model, None for that of the spec, and say so."""
         model, started = model or self.spec.model, time.monotonic()
+        crash_point("before-loading")
         try:
             runner = self._host(model)
         except Exception as error:
             return self._give_up(error)
+        crash_point("after-loading")
         seconds = time.monotonic() - started
         log.info("loaded %s in %.1f s", model.name, seconds)
         memory = runner.memory()[0]
@@ -96,6 +99,7 @@ class Worker:
     def work(self, order: WorkOrder) -> None:
         """Run a batch. Returns when the device has it all; `BatchEnded` follows, with a receipt or a failure for every
         task, when the pictures are saved."""
+        crash_point("order-taken")
         self._peak = 0
         batch = self._saver.batch(order)
         try:
@@ -168,6 +172,10 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     die_with_parent(options.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # One who ends a service tells all its processes: it is the driver that says when. No SIG_IGN, which would be handed
+        # on to whatever a library starts.
+        signal.signal(number, lambda *_: None)
     pipe = socket.socket(fileno=options.fd)
     pipe.set_inheritable(False)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -118,6 +118,7 @@ PLAN = {
         "--steps",
     ),
     *("--size", "--guidance", "--true-cfg-scale", "--negative-prompt", "--seed", "--batch-size", "--prompt-column"),
+    "--allow-urls",
     *("--format", "--sink", "--limit", "--skip-bad", "--retry-failed", "--rerun-changed", "--exact"),
     *("--compile", "--no-compile", "--precision", "--attention"),
 }
@@ -127,6 +128,7 @@ OPTIONS = {
     "eval": {
         *("SOURCE", "--edit-model", "--judge", "--base-url", "--categories", "--limit", "--out", "--lang", "--rubric"),
         *("--controls", "--min-coverage", "--steps", "--seed", "--schedule", "--gpus", "--gpu-ids", "--device"),
+        "--allow-urls",
         *("--workers", "--rejudge", "--retry-failed", "--rerun-changed", "--dry-run", "--quiet"),
         *("--compile", "--no-compile", "--precision", "--attention"),
     },

@@ -142,7 +142,10 @@ def test_parquet_holds_paths_bytes_or_pictures_of_the_library_datasets(tmp_path:
         ({"image": None}, "image: is missing; name the picture's file"),
         ({"image": 3}, "image: 3 is no picture; name the picture's file"),
         ({"image": "no.png"}, "image: there is no picture no.png under FOLDER; put it there"),
-        ({"image": "http://a/b.png"}, "image: 'http://a/b.png' is a URL; only local files are read: download it"),
+        (
+            {"image": "http://a/b.png"},
+            "image: 'http://a/b.png' is a URL; only local files are read: download it, or give --allow-urls",
+        ),
         ({"image": "a\0.png"}, "image: contains a character no file name can hold; remove it"),
         ({"images": "a.png"}, "images: 'a.png' is not a list; write [...]"),
         ({"images": ["images/a.png", "no.png"]}, "images[1]: there is no picture no.png under FOLDER; put it there"),

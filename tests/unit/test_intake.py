@@ -251,7 +251,7 @@ def test_every_bad_row_is_counted_and_the_first_twenty_shown_in_full(folder: Fol
         ("x/", "no picture's name"),
         (".imagemill-1.png", "reserved"),
         ("é" * 130 + ".png", "longer than 255 bytes"),
-        ("x/" * 1200 + "a.png", "longer than 2,048 bytes"),
+        ("x/" * 1200 + "a.png", "longer than any name (2,405 characters)"),
     ],
 )
 def test_paths_that_cannot_be_are_refused(folder: Folder, path: str, why: str) -> None:

@@ -290,9 +290,9 @@ def test_tasks_of_another_source_are_kept_and_are_no_work(ledger: Ledger) -> Non
 
 def test_resumed_counts_what_earlier_runs_have_done(ledger: Ledger) -> None:
     take(ledger, planned(0), planned(1))
-    ledger.settle([("t0", done(0))], [], 50.0)
+    ledger.settle([("t0", done(0))], [Attempt("t0", 1, 0, 40.0, 50.0, None, "", 1)], 50.0)
     take(ledger, planned(0), planned(1))
-    ledger.settle([("t1", done(1))], [], 200.0)
+    ledger.settle([("t1", done(1))], [Attempt("t1", 1, 0, 190.0, 200.0, None, "", 1)], 200.0)
     assert ledger.resumed() == 1
 
 

@@ -125,9 +125,9 @@ def test_each_model_has_its_own_choice_from_its_own_pictures() -> None:
 def test_a_source_read_as_it_is_needed_has_the_size_that_is_expected() -> None:
     used = book("tiny").used()
     lazy = choices(merge(Settings(), {"compile": True}), used, None, 1, on_cuda=True)["tiny"]
-    assert lazy.tuning == Tuning(True, sizes=((128, 128),))
+    assert lazy.tuning == Tuning(True, sizes=((128, 128),), batch=8)
     asked = choices(merge(Settings(), {"size": "64x32"}), used, None, 1, on_cuda=True)["tiny"]
-    assert asked.tuning == Tuning(sizes=((64, 32),))
+    assert asked.tuning == Tuning(sizes=((64, 32),), batch=8)
 
 
 def test_models_are_given_their_tunings() -> None:

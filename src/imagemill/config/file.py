@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 MAX_FILE = 2**20
 """Bytes; a longer YAML file is no settings file."""
 
+MAX_KEYS = 10_000
+"""Keys of one mapping after merges (`<<`)."""
+
 
 def load_settings(path: str | os.PathLike[str]) -> Settings:
     """The settings of a YAML file; paths of LoRAs are relative to its folder.
@@ -161,6 +164,13 @@ def _strict_loader() -> Any:
     import yaml
 
     class StrictLoader(yaml.SafeLoader):
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            super().flatten_mapping(node)
+            # Merges of merges multiply: nine lines of nine each would be gigabytes.
+            if len(node.value) > MAX_KEYS:
+                problem = f"merges more than {MAX_KEYS:,} keys into one mapping; write them out"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             seen: set[Any] = set()
             for key_node, _ in node.value:

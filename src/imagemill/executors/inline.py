@@ -55,10 +55,10 @@ class InlineExecutor:
             if stop.is_set():
                 raise Cancelled
 
-        worker = Worker(spec, self._outbox.put, check)
-        log.info("worker %d on %s (%s), inside this process", spec.worker, spec.label, spec.device)
         told, reason = False, "stopped"
         try:
+            worker = Worker(spec, self._outbox.put, check)
+            log.info("worker %d on %s (%s), inside this process", spec.worker, spec.label, spec.device)
             try:
                 told = not _take_orders(worker, inbox, stop)
             finally:

@@ -141,6 +141,7 @@ class ProcessExecutor:
     def __init__(self) -> None:
         self._links: dict[int, Link] = {}
         self._missed: list[Event] = []
+        self._told: set[int] = set()
         self._logs_seen = 0.0
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
@@ -156,6 +157,8 @@ class ProcessExecutor:
     def start(self, specs: Sequence[WorkerSpec]) -> None:
         """Start a process for each spec. One that the system refuses (no memory, no handles, no log) is a lost worker."""
         for spec in specs:
+            # What was still to be told of an earlier life would be taken for this one's end.
+            self._missed = [event for event in self._missed if _speaker(event) != spec.worker]
             try:
                 link = self._links[spec.worker] = Link(spec)
             except OSError as error:
@@ -184,12 +187,16 @@ class ProcessExecutor:
             self._post(worker, data)
 
     def _post(self, worker: int, data: bytes) -> None:
-        link = self._links.get(worker)
-        if link is None:
+        if link := self._links.get(worker):
+            link.post(data)
+            self._watch(link)
+        else:
+            self._miss(worker)
+
+    def _miss(self, worker: int) -> None:
+        """Tell that a worker is gone, unless the events that the caller has just taken say so."""
+        if worker not in self._told:
             self._missed.append(WorkerLost(worker, message="its process is gone"))
-            return
-        link.post(data)
-        self._watch(link)
 
     def _watch(self, link: Link) -> None:
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.outgoing else 0)
@@ -200,6 +207,7 @@ class ProcessExecutor:
         """Wait for frames and for deaths together."""
         self._trim_logs()
         found, self._missed = self._missed, []
+        self._told = {event.worker for event in found if isinstance(event, WorkerLost)}
         gone: list[Link] = []
         for key, mask in self._selector.select(0 if found else timeout):
             link: Link | None = key.data
@@ -259,6 +267,7 @@ class ProcessExecutor:
         alive = not link.dies(DEATH_TIMEOUT)
         link.close()
         del self._links[link.worker]
+        self._told.add(link.worker)
         message = "it closed its pipe" if alive else ending(link.process.returncode)
         return link.last_words or WorkerLost(link.worker, message=message)
 
@@ -268,11 +277,10 @@ class ProcessExecutor:
 
     def kill(self, worker: int) -> None:
         """SIGKILL; the death is told by `events`."""
-        link = self._links.get(worker)
-        if link is None:
-            self._missed.append(WorkerLost(worker, message="its process is gone"))
-        else:
+        if link := self._links.get(worker):
             link.kill()
+        else:
+            self._miss(worker)
 
     def wake(self) -> None:
         """Make `events` return; one byte on a socket, safe in a signal handler."""
@@ -298,6 +306,10 @@ class ProcessExecutor:
         self._selector.close()
         self._wake_in.close()
         self._wake_out.close()
+
+
+def _speaker(event: Event) -> int:
+    return event.worker if isinstance(event, FROM_WORKERS) else -1
 
 
 def ending(code: int) -> str:

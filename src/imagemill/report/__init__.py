@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from imagemill.crashpoints import crash_point
 from imagemill.errors import InputError
 from imagemill.ledger import FILE_NAME, Ledger
 from imagemill.report.drafts import Drafts
@@ -43,6 +44,7 @@ def write_reports(folder: Path) -> Reports:
     when the folder or its ledger is not there, `LedgerError` when the ledger does not read, and `OutputError` when the
     folder cannot be written.
     """
+    crash_point("before-report")
     ledger = _open(folder)
     try:
         with snapshot(ledger), Drafts(folder) as drafts:
@@ -59,6 +61,7 @@ def write_reports(folder: Path) -> Reports:
             drafts.write(PAGE, page(folder.resolve().name, summary, runs, gallery))
     finally:
         ledger.close()
+    crash_point("after-report")
     return Reports(folder / RESULTS, folder / DATA, folder / MARKDOWN, folder / PAGE, summary)
 
 

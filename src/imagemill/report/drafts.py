@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from imagemill.crashpoints import crash_point
 from imagemill.errors import OutputError
 
 
@@ -50,5 +51,6 @@ class Drafts:
         for name, draft in self._drafts.items():
             try:
                 draft.replace(self._folder / name)
+                crash_point("in-report")
             except OSError as failed:
                 raise OutputError(f"{self._folder / name}: cannot be written ({failed.strerror})") from failed

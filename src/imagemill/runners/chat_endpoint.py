@@ -12,7 +12,6 @@ import email.utils
 import os
 import random
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -156,15 +155,18 @@ def said(response: Response) -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a reply asks to wait, from a number or a date (RFC 9110, section 10.2.3); None when it asks for none."""
+    """Seconds that a reply asks to wait, from a number or a date (RFC 9110, section 10.2.3); None when it asks for none.
+
+    A date counts from the reply's own: the clock of this machine may be set to anything.
+    """
     asked = headers.get("retry-after", "").strip()
     if re.fullmatch(r"\d+(\.\d+)?", asked):
         return float(asked)
     try:
-        moment = email.utils.parsedate_to_datetime(asked)
+        moment, sent = (email.utils.parsedate_to_datetime(text) for text in (asked, headers.get("date", "")))
     except (ValueError, TypeError):
         return None
-    return max(0.0, moment.timestamp() - time.time())
+    return max(0.0, moment.timestamp() - sent.timestamp())
 
 
 def seconds_to_wait(state: RetryCallState) -> float:

@@ -2,14 +2,16 @@
 
 The picture of a task is a function of its fingerprint and size alone. Pictures to edit are read as any runner reads them,
 and count through the fingerprint. A task's `metadata["fake"]` scripts what happens; where several are named, the order
-is: oom, crash, hang, delay, the pictures to edit, fail, nan, then the picture or the answer.
+is: oom, noise, crash, hang, delay, raise, the pictures to edit, fail, nan, then the picture or the answer.
 
     {"delay": 0.5}              seconds, spread over the task's steps; beats at each step and at least every 50 ms
     {"fail": "transient"}       fails with this kind; `oom` and `worker_lost` end the batch, others the task alone
     {"fail_attempts": 2}        ... in the first two attempts only (default: always)
+    {"raise": "CUDA error"}     a `RuntimeError` with these words out of the batch; `raise_attempts` as above
     {"crash": "exit"}           the process ends: "exit" with status 0, "segv" or "kill" by that signal
     {"crash_attempts": 1}       ... in the first attempt only (default: always)
-    {"hang": true}              sleeps for ever without a beat; "spin" burns the CPU meanwhile
+    {"noise": 1000000}          bytes printed to stdout, and as many to stderr, half of them as native code does
+    {"hang": true}              sleeps for ever without a beat; "spin" burns the CPU meanwhile and ignores SIGTERM
     {"hang_attempts": 1}        ... in the first attempt only (default: always)
     {"oom": 2}                  out of memory for the whole batch when it has 2 tasks or more
     {"nan": true}               a bad output, as of a model that gave NaN
@@ -25,10 +27,12 @@ Loading is scripted by the environment variable `IMAGEMILL_FAKE_LOAD`, a JSON ob
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 LOAD_VARIABLE = "IMAGEMILL_FAKE_LOAD"
 SIGNALS = {"segv": signal.SIGSEGV, "kill": signal.SIGKILL}
 BATCH_KINDS = ("oom", "worker_lost")
+NOISE = ("noise " * 20 + "\n") * 500
 SLICE = 0.05
 """Seconds between beats while a scripted delay passes."""
 
@@ -100,6 +105,7 @@ class FakeRunner(Untold):
     def _result(self, planned: PlannedTask, attempt: int, order: WorkOrder, beat: Beat) -> Result:
         size = len(order.tasks)
         seq, task, script = planned.ticket.seq, planned.task, script_of(planned.task)
+        print_noise(script.get("noise", 0))
         if scripted(script, "crash", attempt):
             crash(script["crash"])
         if scripted(script, "hang", attempt):
@@ -107,6 +113,8 @@ class FakeRunner(Untold):
         started = time.monotonic()
         steps = task.steps or 1
         wait(script.get("delay", 0.0), steps, lambda step: beat("denoise", seq, step, steps))
+        if scripted(script, "raise", attempt):
+            raise RuntimeError(script["raise"])
         try:
             references.read(planned, order.model)
             if scripted(script, "fail", attempt):
@@ -194,7 +202,22 @@ def crash(how: str) -> NoReturn:
 
 
 def hang(how: Any) -> NoReturn:
-    """Never return and never beat; `spin` keeps the CPU busy."""
+    """Never return and never beat; `spin` keeps the CPU busy and, in a process of its own, ignores SIGTERM."""
+    if how == "spin":
+        with contextlib.suppress(ValueError):  # not the main thread, so not a worker's process
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while True:
         if how != "spin":
             time.sleep(3600)
+
+
+def print_noise(size: int) -> None:
+    """This many bytes to stdout and to stderr: first by `print`, then past Python, where no library can catch them."""
+    half = size // 2
+    for stream in (sys.stdout, sys.stderr):
+        for start in range(0, half, len(NOISE)):
+            stream.write(NOISE[: half - start])
+        stream.flush()
+    for fd in (1, 2):
+        for start in range(0, size - half, len(NOISE)):
+            os.write(fd, NOISE[: size - half - start].encode())

@@ -26,6 +26,9 @@ PAIRS = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up"
 LAST_FACTORS = (*(last for _, last in PAIRS), "lokr_w2")
 """The factors that are zero in an untrained adapter, so that it changes nothing."""
 
+MAX_PATTERN = 500
+"""Characters of a pattern of module names, and of the names it is tried on."""
+
 METADATA_KEY = "lora_adapter_metadata"
 """Where diffusers keeps rank and alpha of each module in a file's header."""
 
@@ -69,15 +72,21 @@ def read(lora: Lora) -> LoraFile:
     if lora.digest and digest != lora.digest:
         raise BadTask(f"the LoRA file {lora.path} has changed since the run was planned; run the command again")
     try:
-        tensors = dict(sorted(safetensors.torch.load(content).items()))
+        tensors = {key: computable(tensor) for key, tensor in sorted(safetensors.torch.load(content).items())}
     except (SafetensorError, ValueError, KeyError) as error:
         raise BadTask(f"{lora.path} is no readable safetensors file: {error}") from error
     check(lora.path, tensors)
     try:
         tensors = with_alpha(lora.path, tensors, header_metadata(content))
-    except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise BadTask(f"the LoRA file {lora.path} has adapter settings that do not read: {error}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError, ArithmeticError, re.error) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadTask(f"the LoRA file {lora.path} has adapter settings that do not read: {reason}") from error
     return LoraFile(lora.path, digest, tensors, sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def computable(tensor: Tensor) -> Tensor:
+    """The tensor, if torch computes in its type: those of 8 bits become bfloat16, which holds all their values."""
+    return tensor.bfloat16() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
 def check(path: str, tensors: Mapping[str, Tensor]) -> None:
@@ -142,9 +151,29 @@ def with_alpha(path: str, tensors: Mapping[str, Tensor], settings: Mapping[str, 
 
 
 def alpha_of(module: str, component: str, settings: Mapping[str, Any]) -> float | None:
-    """The alpha of one module: of the pattern that its name ends with, else the component's."""
+    """The alpha of one module: of the pattern that its name ends with, else the component's. Raises `ValueError` for one
+    that is no finite number, and for a pattern that could take for ever."""
     for pattern, alpha in (settings.get(f"{component}.alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return float(alpha)
+        if re.match(rf"(.*\.)?({harmless(pattern, module)})$", module):
+            return finite(alpha)
     alpha = settings.get(f"{component}.lora_alpha")
-    return None if alpha is None else float(alpha)
+    return None if alpha is None else finite(alpha)
+
+
+def harmless(pattern: str, module: str) -> str:
+    """The pattern, if matching it takes a time that does not explode: short, no group repeated, at most two repetitions.
+
+    The file is a stranger's, and `(a+)+b` takes years on thirty letters. Names, which is what trainers write, have none.
+    """
+    repeated = len(re.findall(r"(?<!\\)[*+?{]", pattern))
+    if max(len(pattern), len(module)) > MAX_PATTERN or repeated > 2 or re.search(r"\)[*+?{]|\(\?|\\[1-9]", pattern):
+        raise ValueError(f"the pattern {pattern[:80]!r} of module names is too long or repeats too much")
+    return pattern
+
+
+def finite(alpha: Any) -> float:
+    """The alpha as a number. Raises `ValueError`."""
+    number = float(alpha)
+    if not math.isfinite(number):
+        raise ValueError(f"the alpha {number} is not finite")
+    return number

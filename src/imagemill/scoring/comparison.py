@@ -88,7 +88,7 @@ def _read(folder: Path) -> Run:
     names = [field.name for field in fields(Judgment)]
     try:
         summary = json.loads((folder / DATA).read_text("utf-8"))
-        rows = [json.loads(line) for line in (folder / JUDGMENTS).read_text("utf-8").splitlines()]
+        rows = [json.loads(line) for line in (folder / JUDGMENTS).read_text("utf-8").split("\n") if line]
         judgments = tuple(Judgment(**{name: row[name] for name in names}) for row in rows)
         return Run(folder, summary, judgments, {row["item"]: row["source"] for row in rows})
     except (OSError, ValueError, KeyError, TypeError) as error:

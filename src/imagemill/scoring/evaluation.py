@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 from imagemill import crew, judges, progress
 from imagemill.config import Settings
+from imagemill.downloads import FOLDER, Downloads
 from imagemill.engine import Engine, RunOptions
 from imagemill.errors import InputError, TaskFileError
 from imagemill.inputs import Inputs
@@ -239,10 +240,19 @@ def by_item(error: TaskFileError, rows: Sequence[Mapping[str, Any]]) -> TaskFile
 
 
 def items_of(settings: EvalSettings, cache: Path) -> list[Item]:
-    """The chosen items of the benchmark. Raises `InputError`."""
-    return read_benchmark(
-        settings.bench, lang=settings.lang, categories=settings.categories, limit=settings.limit, cache=cache
-    )
+    """The chosen items of the benchmark; pictures inside its file, and fetched ones, lie in `cache`. Raises `InputError`."""
+    downloads = Downloads(cache / FOLDER)
+    try:
+        return read_benchmark(
+            settings.bench,
+            lang=settings.lang,
+            categories=settings.categories,
+            limit=settings.limit,
+            cache=cache,
+            fetch=(lambda address: downloads.image(address).path) if settings.allow_urls else None,
+        )
+    finally:
+        downloads.close()
 
 
 def check(items: Sequence[Item], judge: Examiner) -> None:

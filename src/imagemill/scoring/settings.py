@@ -84,7 +84,8 @@ class EvalSettings:
     """All settings of an evaluation; paths are absolute.
 
     `prompts` are (system, user) by category, for the rubric of that name. `min_coverage` is the share of items that need
-    a score for exit code 0. `log_dir` of None is inside `out`.
+    a score for exit code 0. `allow_urls` has pictures fetched that the benchmark names by an address of the web.
+    `log_dir` of None is inside `out`.
     """
 
     bench: str
@@ -99,6 +100,7 @@ class EvalSettings:
     min_coverage: float = 0.98
     controls: bool = False
     save_images: bool = True
+    allow_urls: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_dir: str | None = None
 
@@ -168,6 +170,7 @@ def _settings(form: EvalForm) -> EvalSettings:
         min_coverage=form.min_coverage,
         controls=form.controls,
         save_images=form.save_images,
+        allow_urls=form.allow_urls,
         log_level=form.logging.level,
         log_dir=form.logging.folder,
     )
@@ -191,7 +194,18 @@ def _as_form(settings: EvalSettings) -> dict[str, Any]:
         "precision",
         "attention",
     )
-    top = ("bench", "out", "lang", "categories", "limit", "rubric", "min_coverage", "controls", "save_images")
+    top = (
+        "bench",
+        "out",
+        "lang",
+        "categories",
+        "limit",
+        "rubric",
+        "min_coverage",
+        "controls",
+        "save_images",
+        "allow_urls",
+    )
     return {
         **{name: getattr(settings, name) for name in top},
         "edit": {name: getattr(edit, name) for name in names},

@@ -13,7 +13,7 @@ from imagemill.scoring.settings_wording import nearest
 
 OPTIONS = {
     **{name: name for name in ("bench", "lang", "categories", "limit", "out", "rubric", "min_coverage", "controls")},
-    "save_images": "save_images",
+    **{name: name for name in ("save_images", "allow_urls")},
     "edit_model": "edit.model",
     **{name: f"edit.{name}" for name in ("steps", "true_cfg_scale", "guidance_scale", "negative_prompt", "seed")},
     **{name: f"edit.{name}" for name in ("schedule", "size", "dtype", "compile", "precision", "attention")},

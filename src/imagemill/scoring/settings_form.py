@@ -149,6 +149,7 @@ class EvalForm(Section):
     min_coverage: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.98
     controls: bool = False
     save_images: bool = True
+    allow_urls: bool = False
     logging: LoggingSettings = LoggingSettings()
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from imagemill import picture
+from imagemill.crashpoints import crash_point
 from imagemill.errors import BadTask
 from imagemill.records import PlannedTask, SinkSpec
 from imagemill.sinks import Stored
@@ -44,14 +45,19 @@ class FileSink:
         try:
             handle = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             with os.fdopen(handle, "w+b") as file:
+                crash_point("temporary-opened")
                 file.write(data)
                 file.flush()
+                crash_point("temporary-written")
                 os.fsync(file.fileno())
+                crash_point("temporary-synced")
                 file.seek(0)
                 written = file.read()
             picture.check(written, *image.size)
+            crash_point("temporary-checked")
         except BaseException:
-            with suppress(FileNotFoundError):
+            # What the disk refuses to remove, the next run sweeps; the first cause is the one to tell.
+            with suppress(OSError):
                 target.unlink()
             raise
         return Stored(

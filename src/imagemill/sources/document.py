@@ -124,7 +124,7 @@ def read_tweets(data: Mapping[str, Any], name: str, base: Path | None) -> Iterat
 
 def persona_stem(name: str) -> str:
     """The persona's name as a part of file names: letters, digits, `-` and `_` stay, all else becomes `_`."""
-    stem = re.sub(r"[^\w-]+", "_", name.strip()).strip("_-")
+    stem = re.sub(r"[^\w-]+", "_", name.strip()).strip("_-")[:MAX_STEM]
     while len(stem.encode()) > MAX_STEM:
         stem = stem[:-1]
     return stem

@@ -18,8 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from imagemill.config.values import Loras, as_path, parse_lora, parse_size
 from imagemill.config.wording import field_path, message, shown
 from imagemill.errors import InputError
-from imagemill.inputs import lora_path, picture_path
-from imagemill.plan import Problem, is_unicode
+from imagemill.inputs import is_path, lora_path, picture_path
+from imagemill.plan import MAX_PATH, Problem, is_unicode
 from imagemill.records import Lora, Task
 from imagemill.sources.columns import FIELDS, listed, prompt_column_of
 from imagemill.sources.metadata import jsonable
@@ -248,6 +248,9 @@ def _is_name(key: Any, problems: list[Problem]) -> bool:
 def _task(form: TaskForm, index: int, metadata: dict[str, Any], base: Path | None, problems: list[Problem]) -> Task:
     if form.model is not None and ("\0" in form.model or not is_unicode(form.model)):
         problems.append(Problem("model", f"{form.model!r} contains a character no name can hold; remove it"))
+    for field, text in (("model", form.model or ""), ("output_path", form.output_path or "")):
+        if len(text) > MAX_PATH or (field == "model" and is_unicode(text) and not is_path(text)):
+            problems.append(Problem(field, f"is longer than any name ({len(text):,} characters); shorten it"))
     return Task(
         id=form.id if form.id is not None else f"{index + 1:06d}",
         prompt=form.prompt,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,8 +151,8 @@ def _header(table: Cells, name: str, prompt_column: str | None) -> _Header | Non
 
 
 def _refuse_twice(names: Sequence[str], place: str) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
+    (twice, count), *_ = Counter(names).most_common(1) or [("", 0)]
+    if count > 1:
         raise InputError(f"{place}: the column {twice!r} is there twice; rename or remove one")
 
 

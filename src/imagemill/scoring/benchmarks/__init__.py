@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache as cached
 from importlib import import_module
@@ -33,12 +33,14 @@ class Options:
     """How a benchmark is read.
 
     With `only` of None it is listed: every item, without its pictures (their paths are empty, their files not looked
-    for). Else only the items of these ids are read, with their pictures; those inside the file are kept in `cache`.
+    for). Else only the items of these ids are read, with their pictures; those inside the file are kept in `cache`, and
+    those at an address of the web are what `fetch` makes of it, a path. Without `fetch` addresses are refused.
     """
 
     lang: str
     cache: Path
     only: frozenset[str] | None = None
+    fetch: Callable[[str], str] | None = None
 
     @property
     def listing(self) -> bool:
@@ -85,8 +87,10 @@ def read_benchmark(
     categories: Sequence[str] = (),
     limit: int | None = None,
     cache: Path,
+    fetch: Callable[[str], str] | None = None,
 ) -> list[Item]:
-    """The items of a benchmark file or folder, in its order; pictures inside the file are kept in the folder `cache`.
+    """The items of a benchmark file or folder, in its order; pictures inside the file are kept in the folder `cache`, those
+    at an address are got by `fetch`.
 
     `categories` takes the items of these, by their exact names. `limit` takes so many, spread evenly: one of each
     category in turn, in the order in which the categories first appear, each time its next in the file. So the choice
@@ -109,7 +113,7 @@ def read_benchmark(
         raise InputError(f"{place}: the id {twice!r} is there {count} times; give each item its own")
     only = frozenset(item.id for item in select(listed, categories, limit, str(place)))
     items: list[Item] = []
-    for item in found.read(place, Options(chosen_lang, cache, only)):
+    for item in found.read(place, Options(chosen_lang, cache, only, fetch)):
         items.append(item)
         if len(items) == len(only):
             break

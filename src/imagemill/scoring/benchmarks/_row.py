@@ -9,6 +9,7 @@ from typing import Any
 
 from imagemill.config.wording import shown
 from imagemill.errors import InputError
+from imagemill.inputs import is_web_address
 from imagemill.plan import MAX_SEED, Problem, is_unicode
 from imagemill.scoring.benchmarks import Options
 from imagemill.scoring.benchmarks._pictures import bytes_of, from_base64, keep
@@ -142,8 +143,14 @@ class Row:
                 raise self.refusal(field, str(error)) from error
         if not isinstance(value, str) or not value.strip():
             raise self.refusal(field, f"{shown(value)} is no picture; name the picture's file")
+        if is_web_address(value) and self._options.fetch is not None:
+            try:
+                return self._options.fetch(value)
+            except InputError as error:
+                raise self.refusal(field, str(error)) from error
         if "://" in value:
-            raise self.refusal(field, f"{shown(value)} is a URL; only local files are read: download it")
+            mend = "download it" + (", or give --allow-urls" if is_web_address(value) else "")
+            raise self.refusal(field, f"{shown(value)} is a URL; only local files are read: {mend}")
         if "\0" in value or not is_unicode(value):
             raise self.refusal(field, "contains a character no file name can hold; remove it")
         return self.first(field, [os.path.expanduser(value)])

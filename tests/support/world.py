@@ -244,8 +244,11 @@ class World:
         process = self._processes.get(worker)
         if process and not process.killed:
             process.killed = True
-            # What it was about to say may still come before the news of its end.
-            self._later(self.rng.uniform(0, 0.5), process, WorkerLost(worker, message="killed"))
+            self._die(process)
+
+    def _die(self, process: Process) -> None:
+        """It was killed: what it was about to say may still come before the news of its end."""
+        self._later(self.rng.uniform(0, 0.5), process, WorkerLost(process.worker, message="killed"))
 
     def _settle(self, settle: Settle) -> None:
         assert settle.seq not in self.settled, "settled twice"
@@ -272,6 +275,10 @@ class World:
         process.state = "loading"
         loading = sum(one.state == "loading" and not one.killed for one in self._processes.values())
         assert loading <= self.limits.parallel_loads, "too many load at once"
+        self._come_to_life(process)
+
+    def _come_to_life(self, process: Process) -> None:
+        """How its loading goes."""
         worker, delay = process.worker, self.load_seconds(self.rng)
         if worker in self.faults.unloadable:
             self._later(delay, process, WorkerLost(worker, message="no driver"))
@@ -319,6 +326,7 @@ class World:
         self._work(process, batch)
 
     def _work(self, process: Process, batch: Batch) -> None:
+        """How its batch goes."""
         worker, faults = process.worker, self.faults
         delay = sum(self.seconds(ticket, self.rng) for ticket in batch.tickets)
         if faults.poison & {ticket.seq for ticket in batch.tickets} or self._luck(faults.crash):

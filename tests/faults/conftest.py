@@ -1,0 +1,16 @@
+"""Workplaces for the fault suite; its tools and checks are in checks.py."""
+
+from __future__ import annotations
+
+import pytest
+from checks import Workplace, golden_of, place, shared_place
+
+__all__ = ["golden", "place", "shared_place"]
+
+COUNT = 24
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The pixels of an unbroken run of `rows(24)`; those of fewer rows are among them."""
+    return golden_of(Workplace(tmp_path_factory.mktemp("golden")), COUNT)
