@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from world import Faults, World, most_attempts
 
 from imagemill.records import Cancel, Drain, Ticket
 from imagemill.schedule import Limits, Scheduler
+from world import Faults, World, most_attempts
 
 POLICIES = ("dynamic", "static", "lockstep", "window")
 
