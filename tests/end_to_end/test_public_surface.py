@@ -133,6 +133,7 @@ OPTIONS = {
         *("--compile", "--no-compile", "--precision", "--attention"),
     },
     "compare": {"FIRST", "SECOND", "--json"},
+    "repair": {"FOLDER"},
     "report": {"FOLDER"},
     "models": set(),
     "doctor": set(),

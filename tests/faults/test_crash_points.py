@@ -36,7 +36,10 @@ SEED = 20250711
 
 BEFORE_THE_LEDGER = ("before-lock", "after-lock")
 AT_WORK = (*DRIVER[DRIVER.index("before-dispatch") : DRIVER.index("before-end-run")], *WORKER[2:])
-"""Points that a run comes by once a batch or more."""
+"""Points that a run comes by once a batch or more; less often, if `TOGETHER`."""
+
+TOGETHER = ("before-folder-sync", "after-folder-sync", "before-commit", "in-commit", "after-commit")
+"""Points that tasks which end within 50 ms come by together."""
 
 START, END = DRIVER[: DRIVER.index("before-dispatch")], DRIVER[DRIVER.index("before-end-run") :]
 CHAINS: dict[str, Sequence[str]] = {
@@ -175,10 +178,10 @@ def test_a_driver_killed_at_each_point_one_after_the_other_loses_nothing(
 def test_a_driver_with_worker_processes_killed_where_they_are_at_work_loses_nothing(
     place: Workplace, golden: dict[str, str]
 ) -> None:
-    place.tasks(rows(COUNT))
+    place.tasks(rows(COUNT, delay=0.05))
     environment = at_start(place, AHEAD)
     for nth, point in enumerate(("after-spawn", "before-load", "after-dispatch", "after-rename", "in-commit"), 1):
-        crash(place, point, *WORKERS, golden=golden, nth=min(nth, 2), **environment)
+        crash(place, point, *WORKERS, golden=golden, nth=1 if point in TOGETHER else min(nth, 2), **environment)
     assert_resumed(place, *WORKERS, golden=golden)
 
 
@@ -276,8 +279,9 @@ def test_a_driver_with_worker_processes_killed_at_each_point_loses_nothing(
     point: str, mode: tuple[str, ...], place: Workplace, golden: dict[str, str]
 ) -> None:
     dice = random.Random(f"{SEED} {point} {mode}")
-    place.tasks(rows(COUNT))
-    nth = dice.randint(1, 4) if point in AT_WORK else 1
+    place.tasks(rows(COUNT, delay=0.05))
+    most = 2 if point in TOGETHER else 4 if point in AT_WORK else 1
+    nth = dice.randint(1, most)
     crash(place, point, *WORKERS, golden=golden, nth=nth, **at_start(place, *mode))
     assert_resumed(place, *WORKERS, golden=golden)
 
