@@ -77,7 +77,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["embedded", "random", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def any_pipe(request: pytest.FixtureRequest) -> Any:
     return MODELS[request.param]()
 

@@ -70,7 +70,15 @@ SIZES = [f"size={size}k" for size in (*range(16, 180, 24), *range(184, 500, 48))
 INODES = [f"nr_inodes={number}" for number in range(2, 40, 3)]
 
 
-@pytest.mark.parametrize("limits", [SIZES, INODES], ids=["bytes", "files"])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        pytest.param(SIZES[::3], id="bytes"),
+        pytest.param(INODES[::3], id="files"),
+        pytest.param(SIZES, id="all bytes", marks=pytest.mark.slow),
+        pytest.param(INODES, id="all files", marks=pytest.mark.slow),
+    ],
+)
 def test_wherever_a_disk_is_full_the_run_says_so_and_goes_on_when_there_is_room(
     limits: list[str], small: Callable[[str], Path], golden: Mapping[str, str]
 ) -> None:
