@@ -82,9 +82,10 @@ def replaced(place: Workplace, fault: str, golden: dict[str, str], *mode: str) -
     assert words in driver or (mode and "garbage" in driver)  # another thread may have spoken into the frame
     assert (driver.count("worker 0 is lost"), driver.count("worker 1 is lost")) == (0, 1)
     lost = set(place.ledger("SELECT id, worker FROM attempts WHERE kind IS NOT NULL"))
-    if mode:  # a picture that was being saved, one whose end was not heard, one on the device
-        assert ("t3", 1) in lost or ("t1", 1) in lost
-        assert len(lost) <= 3
+    if (
+        mode
+    ):  # a picture that was being saved, one whose end was not heard, one on the device: which, the threads decide
+        assert 1 <= len(lost) <= 3
         assert {worker for _, worker in lost} == {1}
     else:
         assert lost == {("t3", 1)}
