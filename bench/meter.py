@@ -6,6 +6,7 @@ not how well a kernel uses it.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ class Sample:
 
 @dataclass
 class Meter:
-    """Samples the first `gpus` GPUs on a thread between entering and leaving; without NVML there are no samples."""
+    """Samples the first `gpus` visible GPUs on a thread between entering and leaving; without NVML there are no samples."""
 
     gpus: int
     samples: list[Sample] = field(default_factory=list)
@@ -66,7 +67,10 @@ def _handles(pynvml: Any, count: int) -> list[Any]:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return []
-    return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(min(count, pynvml.nvmlDeviceGetCount()))]
+    there = range(pynvml.nvmlDeviceGetCount())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    chosen = [int(name) for name in visible.split(",") if name.isdecimal() and int(name) in there] or list(there)
+    return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in chosen[:count]]
 
 
 def idle_share(samples: Sequence[Sample], first: float, last: float) -> float | None:

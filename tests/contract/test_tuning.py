@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch._dynamo.utils import counters
 
 from imagemill.errors import BadModel, BadTask, OutOfMemory, WorkerGone
 from imagemill.families import family
-from imagemill.records import ModelSpec, Task, Tuning
+from imagemill.records import ModelSpec, Span, Task, Tuning
 from imagemill.runners import attention, compiled, real_rotary, tuning, warm_up
 from imagemill.runners.adapters import Adapters
 from imagemill.runners.diffusion import DiffusionRunner, create
@@ -185,6 +186,18 @@ def test_every_round_of_the_warm_up_is_a_sign_of_life(runner: DiffusionRunner) -
     assert {(stage, seq, total) for stage, seq, _, total in heard} == {("compile", -1, rounds)}
 
 
+def test_every_part_of_the_warm_up_has_its_span(runner: DiffusionRunner) -> None:
+    spans: list[Span] = []
+    assert runner._family is not None
+    tuning.tune(runner._pipe, runner._family, SMALL, "cpu", no_beat, spans=spans, backend="eager")
+    stages = [span.stage for span in spans]
+    assert stages[0] == "choose attention"
+    for stage in ("encode", "denoise", "decode"):
+        assert any(name.startswith(f"warm up {stage} 1 at") for name in stages)
+    assert sum(name.startswith("warm up encode text") for name in stages) == len(warm_up.STATIC_LENGTHS) - 1
+    assert all(before.start + before.seconds <= after.start for before, after in pairwise(spans))
+
+
 def test_an_editor_is_warmed_up_with_made_up_pictures(tmp_path: Path) -> None:
     made = create("cpu", 1)
     made.load(ModelSpec(name="editor", folder=str(qwen(tmp_path / "editor"))), no_beat)
@@ -307,7 +320,7 @@ class Refusing:
 
 @pytest.mark.parametrize("error", [OutOfMemory("no room"), BadTask("no such step"), IndexError("one step is too few")])
 def test_a_made_up_task_that_fails_is_a_line_and_no_failed_load(runner: DiffusionRunner, error: Exception) -> None:
-    lines = warm_up.warm_up(runner._pipe, Refusing(error), [Round((64, 64), (3,))], no_beat)  # type: ignore[arg-type]
+    lines = warm_up.warm_up(runner._pipe, Refusing(error), [Round((64, 64), (3,))], "cpu", no_beat, [])  # type: ignore[arg-type]
     assert len(lines) == 1
     assert lines[0].startswith("not warmed up: 1 at 64x64: ")
     assert str(error) in lines[0]
@@ -316,7 +329,7 @@ def test_a_made_up_task_that_fails_is_a_line_and_no_failed_load(runner: Diffusio
 def test_a_broken_device_ends_the_warm_up(runner: DiffusionRunner) -> None:
     broken = Refusing(RuntimeError("CUDA error: an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        warm_up.warm_up(runner._pipe, broken, [Round((64, 64), (3,))], no_beat)  # type: ignore[arg-type]
+        warm_up.warm_up(runner._pipe, broken, [Round((64, 64), (3,))], "cpu", no_beat, [])  # type: ignore[arg-type]
     assert issubclass(WorkerGone, Exception)
 
 

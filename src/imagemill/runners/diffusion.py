@@ -72,13 +72,14 @@ class DiffusionRunner:
         started = time.monotonic()
         try:
             loaded = loading.load(spec, self.device, beat)
-            self._pipe, self._family, self._spans = loaded.pipe, loaded.family, loaded.spans
+            self._pipe, self._family, spans = loaded.pipe, loaded.family, list(loaded.spans)
             self._lane = lane(self.device)
             self._ladder = Ladder(loaded.pipe, self.device, staged=is_staged(loaded.family))
             self.adapters = choose(self.device, loaded.pipe)
             if spec.tuning.precision == "fp8":
                 self.adapters.hold(loaded.pipe)
-            self._notes += tuning.tune(loaded.pipe, loaded.family, spec.tuning, self.device, beat)
+            self._notes += tuning.tune(loaded.pipe, loaded.family, spec.tuning, self.device, beat, spans=spans)
+            self._spans = tuple(spans)
         except BaseException:
             self.unload()
             raise
@@ -225,7 +226,7 @@ class DiffusionRunner:
         return now, peak
 
     def spans(self) -> tuple[Span, ...]:
-        """The components' loading, one after another."""
+        """The parts of loading and warming up, one after another."""
         return self._spans
 
     def notes(self) -> tuple[str, ...]:

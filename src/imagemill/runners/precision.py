@@ -39,10 +39,14 @@ def refuse_without_float8(device: str) -> None:
 
 
 def float8_config() -> Any:
-    """torchao's way: both sides dynamic float8 (e4m3), a scale for each row."""
+    """torchao's way: both sides dynamic float8 (e4m3), a scale for each row.
+
+    Without the settings of Inductor that torchao recommends: they time many variants of every kernel of the process, the
+    decoder's too, which takes minutes, and workers that choose differently would make different pictures.
+    """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
-    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
 
 
 def quantise(module: Any, config: Any = None) -> int:

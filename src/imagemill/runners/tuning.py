@@ -11,9 +11,10 @@ import time
 from typing import Any
 
 from imagemill.families import Family
-from imagemill.records import Tuning
+from imagemill.records import Span, Tuning
 from imagemill.runners import Beat, attention, compile_cache, compiled, precision, real_rotary, warm_up
 from imagemill.runners.compiled import Compiled
+from imagemill.runners.loading import timed
 
 log = logging.getLogger(__name__)
 
@@ -28,23 +29,27 @@ def tune(
     device: str,
     beat: Beat,
     *,
+    spans: list[Span] | None = None,
     dynamic: bool | None = DYNAMIC,
     backend: str = "inductor",
 ) -> list[str]:
     """Do what `tuning` asks for to a pipeline without adapters on it, and say in a line each what was done and what was not.
 
-    On the CPU a default `Tuning()` does nothing. Adapters that are to be merged into fp8 weights hold the weights before.
-    `dynamic` and `backend` are what torch.compile takes. Raises `BadModel` for fp8 where the device cannot, and for an
-    attention back end that does not work here. What does not compile stays eager and is one of the lines.
+    `spans` takes how long each part took; `dynamic` and `backend` are what torch.compile takes. On the CPU a default
+    `Tuning()` does nothing. Adapters that are to be merged into fp8 weights hold the weights before. Raises `BadModel` for
+    fp8 where the device cannot, and for an attention back end that does not work here. What does not compile stays eager
+    and is one of the lines.
     """
     model = denoiser(pipe)
-    lines = []
+    lines, spans = [], [] if spans is None else spans
     if tuning.precision == "fp8":
-        lines.append(round_weights(model, device))
+        with timed("round weights", device, spans):
+            lines.append(round_weights(model, device))
     if model is not None:
-        lines += attention.set_up(model, tuning, device)
+        with timed("choose attention", device, spans):
+            lines += attention.set_up(model, tuning, device)
     if tuning.compile:
-        lines += compile_parts(pipe, family, tuning, device, beat, dynamic, backend)
+        lines += compile_parts(pipe, family, tuning, device, beat, spans, dynamic, backend)
     for line in lines:
         log.info("%s", line)
     return lines
@@ -63,7 +68,14 @@ def round_weights(model: Any, device: str) -> str:
 
 
 def compile_parts(
-    pipe: Any, family: Family, tuning: Tuning, device: str, beat: Beat, dynamic: bool | None, backend: str
+    pipe: Any,
+    family: Family,
+    tuning: Tuning,
+    device: str,
+    beat: Beat,
+    spans: list[Span],
+    dynamic: bool | None,
+    backend: str,
 ) -> list[str]:
     """Compile blocks and decoder, and meet all shapes; of several workers one compiles and the others read."""
     started = time.monotonic()
@@ -77,7 +89,7 @@ def compile_parts(
     ]
     found = warm_up.rounds(tuning, family, dynamic)
     with compile_cache.turn(work(pipe, tuning, device, dynamic), lambda: beat(warm_up.STAGE, -1, 0, len(found))):
-        notes = warm_up.warm_up(pipe, family, found, beat)
+        notes = warm_up.warm_up(pipe, family, found, device, beat, spans)
     lines += [part.line() for part in (blocks, decoder) if part]
     return [*lines, *notes, f"compiled and warmed up in {time.monotonic() - started:.1f} s"]
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from imagemill.errors import WorkerGone, classify
-from imagemill.families import Family, Pictures, Size
-from imagemill.records import Task, Tuning
+from imagemill.families import Family, OnStep, Pictures, Size
+from imagemill.records import Span, Task, Tuning
 from imagemill.runners import Beat
+from imagemill.runners.loading import timed
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +32,20 @@ PROBE_SIZE = (512, 512)
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One batch of a warm-up: its size, and the words of each prompt."""
+    """One batch of a warm-up: its size, the words of each prompt, and whether it ends when the prompts are encoded."""
 
     size: Size
     words: tuple[int, ...]
+    only_text: bool = False
+
+    def __str__(self) -> str:
+        return f"{'text' if self.only_text else len(self.words)} at {self.size[0]}x{self.size[1]}"
 
 
 def rounds(tuning: Tuning, family: Family, dynamic: bool | None) -> list[Round]:
     """The batches that meet every graph: each size with the largest batch and with one; there captions of one length, of
-    another, and of both in a batch. Lengths vary at the first size only, unless shapes are static."""
+    another, and of both in a batch. Lengths vary at the first size only, unless shapes are static. The text encoder, which
+    is not compiled, meets the lengths between as well: a GPU waits where a kernel is launched for the first time."""
     largest = family.max_edit_batch if edits(family) else family.max_batch
     counts = sorted({max(1, min(tuning.batch, largest)), 1})
     lengths = (SHORT, LONG) if dynamic else STATIC_LENGTHS
@@ -50,6 +56,8 @@ def rounds(tuning: Tuning, family: Family, dynamic: bool | None) -> list[Round]:
             found += [Round(size, (words,) * count) for words in own]
             if count > 1:
                 found.append(Round(size, (LONG, *(SHORT,) * (count - 1))))
+    if dynamic and not edits(family):
+        found += [Round(found[0].size, (words,), only_text=True) for words in STATIC_LENGTHS[1:]]
     return found
 
 
@@ -63,40 +71,47 @@ def usual_size(family: Family) -> Size:
     return (family.defaults.width or PROBE_SIZE[0], family.defaults.height or PROBE_SIZE[1])
 
 
-def warm_up(pipe: Any, family: Family, found: Sequence[Round], beat: Beat) -> list[str]:
-    """Run the rounds; beats before each and at each step. Lines say what could not be run, for want of room or because
-    the made-up task was refused: real ones may fare better. Raises what ends a worker: `Cancelled`, a broken device.
+def warm_up(pipe: Any, family: Family, found: Sequence[Round], device: str, beat: Beat, spans: list[Span]) -> list[str]:
+    """Run the rounds; beats before each and at each step, and adds the spans of their stages.
+
+    Lines say what could not be run, for want of room or because the made-up task was refused: real ones may fare better.
+    Raises what ends a worker: `Cancelled`, a broken device.
     """
     import torch
 
     notes = []
     for place, one in enumerate(found):
-        beat(STAGE, -1, place, len(found))
+
+        def on_step(step: int, steps: int, place: int = place) -> None:
+            beat(STAGE, -1, place, len(found))
+
+        on_step(0, 0)
         try:
             with torch.inference_mode():
-                run(pipe, family, one, lambda step, steps, place=place: beat(STAGE, -1, place, len(found)))
+                run(pipe, family, one, on_step, device, spans)
         except Exception as error:
             known = classify(error)
             if isinstance(known, WorkerGone):
                 raise
-            notes.append(f"not warmed up: {len(one.words)} at {one.size[0]}x{one.size[1]}: {known}")
+            notes.append(f"not warmed up: {one}: {known}")
             del error, known
             free()
     beat(STAGE, -1, len(found), len(found))
     return notes
 
 
-def run(pipe: Any, family: Family, one: Round, on_step: Any) -> None:
+def run(pipe: Any, family: Family, one: Round, on_step: OnStep, device: str, spans: list[Span]) -> None:
     """Encode, denoise and decode the batch; ends when the device has."""
-    import torch
-
     tasks = list(made_up(one, family))
     pictures = [blank_pictures(task, family) for task in tasks]
-    conditioning = family.encode(pipe, tasks, pictures)
-    latents = family.denoise(pipe, tasks, conditioning, on_step)
-    made = family.decode(pipe, tasks, latents)
-    if made.device.type == "cuda":
-        torch.cuda.synchronize(made.device)
+    with timed(f"warm up encode {one}", device, spans):
+        conditioning = family.encode(pipe, tasks, pictures)
+    if one.only_text:
+        return
+    with timed(f"warm up denoise {one}", device, spans):
+        latents = family.denoise(pipe, tasks, conditioning, on_step)
+    with timed(f"warm up decode {one}", device, spans):
+        family.decode(pipe, tasks, latents)
 
 
 def made_up(one: Round, family: Family) -> Iterator[Task]:
