@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from tiny_model import SPEC, no_beat, picture, write_lora
 from torch._dynamo.utils import counters
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, PerRow
@@ -56,6 +57,28 @@ def test_float8_is_dynamic_with_a_scale_for_each_row() -> None:
     config = precision.float8_config()
     assert [type(one) for one in config.granularity] == [PerRow, PerRow]
     assert (config.activation_dtype, config.weight_dtype) == (torch.float8_e4m3fn, torch.float8_e4m3fn)
+
+
+def test_rows_of_zeros_stay_zeros_and_make_no_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded captions in a batch are such rows of inputs; a pruned output is one of weights."""
+    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
+    model = torch.nn.ModuleDict({"block": ZImageTransformerBlock(0, 64, 4, 4, 1e-5, qk_norm=True)}).to(torch.bfloat16)
+    model._repeated_blocks = ["ZImageTransformerBlock"]
+    layer = model["block"].attention.to_q
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    x[1] = 0
+    with torch.no_grad():
+        layer.weight[5] = 0
+        expected = layer(x)
+        precision.quantise(model)
+        assert precision.is_quantised(layer)
+        found = layer(x)
+        precision.set_weight(layer, torch.zeros(64, 64, dtype=torch.bfloat16))
+        emptied = layer(x)
+    assert found[1].abs().max() == 0
+    assert found[:, 5].abs().max() < 1e-9
+    assert torch.allclose(found.float(), expected.float(), atol=0.1)
+    assert emptied.abs().max() < 1e-9
 
 
 def test_only_large_linear_layers_of_repeated_blocks_are_quantised(runner: DiffusionRunner) -> None:

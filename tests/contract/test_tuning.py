@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import QwenImageTransformer2DModel
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock, ZSingleStreamAttnProcessor
@@ -117,6 +118,66 @@ def test_real_rotary_positions_give_the_same_bits_as_complex_ones_at_the_head_wi
         module.set_processor(real_rotary.RealRotaryProcessor())
         assert torch.equal(module(x, attention_mask=mask, freqs_cis=torch.view_as_real(freqs)), expected)
         assert torch.equal(module(x, attention_mask=mask, freqs_cis=freqs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_real_rotary_positions_give_the_same_bits_as_complex_ones_at_the_head_width_of_qwen_image(
+    dtype: torch.dtype, masked: bool
+) -> None:
+    torch.manual_seed(1)
+    model = wide_qwen(dtype)
+    call = qwen_call(dtype, masked)
+    with torch.no_grad():
+        (expected,) = model(**call)
+        assert real_rotary.put_on(model) == len(model.transformer_blocks)
+        assert {type(block.attn.processor) for block in model.transformer_blocks} == {
+            real_rotary.RealRotaryQwenProcessor
+        }
+        (found,) = model(**call)
+    assert torch.equal(found, expected)
+    assert not any(one.is_complex() for one in model.pos_embed([(1, 4, 4)], device=found.device, max_txt_seq_len=3))
+
+
+def test_one_compile_serves_all_instructions_of_qwen_image() -> None:
+    model = wide_qwen(torch.float32)
+    calls = [qwen_call(torch.float32, masked=False, words=words) for words in (7, 12, 40)]
+    with torch.inference_mode():
+        expected = [model(**call)[0] for call in calls]
+        assert tuning.blocks_of(model, True, "aot_eager") is not None
+        before = graphs()
+        found = [model(**call)[0] for call in calls]
+    assert graphs() - before == 1
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def wide_qwen(dtype: torch.dtype) -> Any:
+    """A Qwen-Image model of two blocks with heads as wide as the real one's."""
+    torch.manual_seed(2)
+    return QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=128,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(16, 56, 56),
+    ).to(dtype)
+
+
+def qwen_call(dtype: torch.dtype, masked: bool, words: int = 7) -> dict[str, Any]:
+    """Arguments for two rows of one size, with an edited picture behind them."""
+    torch.manual_seed(3)
+    mask = torch.arange(words).expand(2, words) < torch.tensor([[words], [words - 3]])
+    return {
+        "hidden_states": torch.randn(2, 32, 16, dtype=dtype),
+        "encoder_hidden_states": torch.randn(2, words, 32, dtype=dtype),
+        "encoder_hidden_states_mask": mask if masked else None,
+        "timestep": torch.tensor([0.5, 0.5], dtype=dtype),
+        "img_shapes": [[(1, 4, 4), (1, 4, 4)]] * 2,
+        "return_dict": False,
+    }
 
 
 def test_real_rotary_positions_make_the_same_pictures_in_stages_and_in_a_whole_call(runner: DiffusionRunner) -> None:

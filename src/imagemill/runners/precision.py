@@ -20,6 +20,9 @@ CAPABILITY = (8, 9)
 SIDES = 16
 """The float8 product wants both sides of a weight to be multiples of this."""
 
+LEAST = 1e-12
+"""The least magnitude that a row is scaled by. A row of zeros, as padding leaves them, would be divided by zero: NaN."""
+
 KEPT_WORDS = ("norm", "mod", "ada", "embed", "time")
 """Parts of the names of layers inside a block that keep their precision: modulations under all their names."""
 
@@ -46,7 +49,9 @@ def float8_config() -> Any:
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
-    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    return Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow(), activation_value_lb=LEAST, set_inductor_config=False
+    )
 
 
 def quantise(module: Any, config: Any = None) -> int:
@@ -64,11 +69,18 @@ def quantise(module: Any, config: Any = None) -> int:
     wanted = {id(layer) for layer in chosen}
     config = config or float8_config()
     with torch.inference_mode(False), torch.no_grad():
+        for layer in chosen:
+            layer.weight.copy_(without_empty_rows(layer.weight))
         quantize_(module, config, filter_fn=lambda layer, name: id(layer) in wanted)
     done = [layer for layer in chosen if is_quantised(layer)]
     for layer in done:
         layer._imagemill_config = config
     return len(done)
+
+
+def without_empty_rows(weight: torch.Tensor) -> torch.Tensor:
+    """The weight (outputs, inputs) with `LEAST` in place of the zeros of a row that has nothing else."""
+    return weight.masked_fill(weight.abs().amax(1, keepdim=True) == 0, LEAST)
 
 
 def candidates(module: Any) -> list[torch.nn.Linear]:
@@ -118,7 +130,7 @@ def requantised(linear: Any, weight: torch.Tensor) -> Any:
 
     stand_in = Linear(1, 1, bias=False, device="meta")
     stand_in.in_features, stand_in.out_features = linear.in_features, linear.out_features
-    stand_in.weight = Parameter(weight, requires_grad=False)
+    stand_in.weight = Parameter(without_empty_rows(weight), requires_grad=False)
     quantize_(stand_in, linear._imagemill_config)
     return stand_in.weight
 
