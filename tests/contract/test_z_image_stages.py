@@ -15,19 +15,22 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
-from tiny_model import LONG, TINY, write_lora
+from tiny_model import TINY, write_lora
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from imagemill.errors import BadTask
 from imagemill.families import z_image
 from imagemill.records import Task
-from imagemill.runners import Cancelled, text_cache, z_image_steps
+from imagemill.runners import Cancelled, streams, text_cache
 from imagemill.runners.shelf import Shelf
 from imagemill.runners.z_image_steps import Prepared
 
 FAMILY = z_image.FAMILY
 SHORT = ("a cat on a mat", "two dogs", "the sea at night", "x")
+LONG = "a very long list of things in a garden, " * 3
+"""Two buckets of tokens; twice as much is four."""
+
 MIXED = ("a cat on a mat", LONG, "two dogs", LONG + LONG)
 
 
@@ -526,4 +529,4 @@ def test_a_prompt_that_is_cut_is_told_in_our_words_alone(
 
 def test_on_the_host_a_tensor_is_sent_as_it_is() -> None:
     tensor = torch.ones(2)
-    assert z_image_steps.sent(tensor, torch.device("cpu")) is tensor
+    assert streams.sent(tensor, torch.device("cpu")) is tensor

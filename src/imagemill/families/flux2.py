@@ -25,6 +25,7 @@ from imagemill.families.generic import (
 from imagemill.plan import Defaults
 from imagemill.records import Task
 from imagemill.runners.reference_tokens import attached
+from imagemill.runners.streams import sent
 
 if TYPE_CHECKING:
     import torch
@@ -189,7 +190,7 @@ def noise(pipe: Any, tasks: Sequence[Task], dtype: torch.dtype) -> torch.Tensor:
         )
         for task in tasks
     ]
-    latents: torch.Tensor = torch.cat(drawn).to(pipe._execution_device)
+    latents: torch.Tensor = sent(torch.cat(drawn), pipe._execution_device)
     return latents
 
 

@@ -18,6 +18,7 @@ from imagemill.errors import BadTask
 from imagemill.families import OnStep, Pictures, Size
 from imagemill.plan import Defaults
 from imagemill.records import Task
+from imagemill.runners.streams import sent
 
 if TYPE_CHECKING:
     import torch
@@ -137,8 +138,7 @@ def packed_noise(pipe: Any, tasks: Sequence[Task], dtype: torch.dtype, frames: t
         height, width = (2 * ((side or 0) // unit) for side in (task.height, task.width))
         latent = torch.randn((1, *frames, channels, height, width), generator=generator(task), dtype=dtype)
         drawn.append(pipe._pack_latents(latent, 1, channels, height, width))
-    latents: torch.Tensor = torch.cat(drawn).to(pipe._execution_device)
-    return latents
+    return sent(torch.cat(drawn), pipe._execution_device)
 
 
 def refuse_size(pipe: Any, task: Task) -> None:

@@ -20,6 +20,7 @@ from imagemill.families.generic import TextToImage, packed_noise, reference_size
 from imagemill.plan import Defaults
 from imagemill.records import Task
 from imagemill.runners.reference_tokens import attached
+from imagemill.runners.streams import sent
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +108,7 @@ class QwenEdit(TextToImage):
         """One picture at a time: a batch multiplies the peak of memory."""
         import torch
 
-        mean, spread = (statistic.to(latents) for statistic in statistics(pipe))
+        mean, spread = (sent(statistic, latents.device).to(latents.dtype) for statistic in statistics(pipe))
         unpacked = pipe._unpack_latents(latents, tasks[0].height, tasks[0].width, pipe.vae_scale_factor)
         pictures = []
         for latent in unpacked.split(1):

@@ -16,6 +16,7 @@ from imagemill.families.generic import generator, refuse_size, step_callback
 from imagemill.plan import Defaults
 from imagemill.records import Task
 from imagemill.runners import z_image_steps
+from imagemill.runners.streams import sent
 from imagemill.runners.text_cache import embedded
 from imagemill.runners.z_image_steps import Prepared
 
@@ -92,7 +93,7 @@ class ZImage:
         with torch.no_grad():
             positive = embed(pipe, [task.prompt for task in tasks], device)
             negative = embed(pipe, [task.negative_prompt or "" for task in tasks], device) if guidance > 0 else []
-            latents = z_image_steps.sent(noise(pipe, tasks), device)
+            latents = sent(noise(pipe, tasks), device)
             if z_image_steps.known(pipe):
                 return z_image_steps.prepare(pipe, latents, positive, negative, first.steps, guidance)
         return WholeCall(positive, negative, latents)

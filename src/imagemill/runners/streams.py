@@ -81,7 +81,10 @@ class HostLane:
 
 
 class CudaLane:
-    """A GPU: a stream for the steps and the decoder, one for text and source pictures, one for pictures that leave."""
+    """A GPU: a stream for the steps and the decoder, one for text and source pictures, one for pictures that leave.
+
+    Text goes first: it is launched when the batch before nears its end, and the next steps wait for it.
+    """
 
     def __init__(self, device: str) -> None:
         import torch
@@ -89,7 +92,7 @@ class CudaLane:
         self._torch = torch
         self._device = torch.device(device)
         self._main = torch.cuda.current_stream(self._device)
-        self._ahead = torch.cuda.Stream(self._device)
+        self._ahead = torch.cuda.Stream(self._device, priority=-1)
         self._leaving = torch.cuda.Stream(self._device)
         self._lock = threading.Lock()
         self._anchor = self._event(self._main)
@@ -153,3 +156,11 @@ class CudaLane:
 def lane(device: str) -> Lane:
     """The lane of a torch device."""
     return CudaLane(device) if device.startswith("cuda") else HostLane()
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device. A GPU copies it out of pinned memory, in the order of the current stream, and the CPU does
+    not wait."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

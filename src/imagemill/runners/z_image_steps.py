@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from imagemill.runners.streams import sent
+
 if TYPE_CHECKING:
     import torch
 
@@ -69,14 +71,6 @@ def known(pipe: Any) -> bool:
         return False
     hooked = transformer._forward_hooks or transformer._forward_pre_hooks or transformer._compiled_call_impl
     return KIND in transformer.all_x_embedder and not hooked and "forward" not in vars(transformer)
-
-
-def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device. A GPU copies it out of pinned memory, in the order of the current stream, and the CPU does
-    not wait."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 # --- ahead of the steps -----------------------------------------------------------------------------------------------
