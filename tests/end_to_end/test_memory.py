@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 BOUND = 100
-"""MiB; docs/benchmarks.md states it."""
+"""MiB."""
 
 DRIVER = """
 import re, sys
