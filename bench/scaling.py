@@ -5,7 +5,7 @@
 A run is one engine, number of GPUs, load and policy, in processes of its own. Its first job is cold: seconds count from the
 command to the last picture, start of Python, imports and loading included. Its further jobs are warm: the workers have the
 model, seconds count from handing the tasks over to the last picture. More numbers under `--cold` get a run each. Mixed
-tasks have three sizes and 8 LoRAs in turn. A speed-up is over one GPU with the same engine, tasks, load and start, of the
+tasks have several sizes and 8 LoRAs in turn. A speed-up is over one GPU with the same engine, tasks, load and start, of the
 same boot of one machine; policies make no difference there, so one GPU runs the first of them alone.
 
 FILE is a list of {engine, gpus, tasks, start, load, policy, seconds, images_per_second, speed_up, commit, gpu, note}.

@@ -20,6 +20,7 @@ import models  # noqa: E402
 import operations  # noqa: E402
 import parti  # noqa: E402
 import scaling  # noqa: E402
+import scaling_simulated  # noqa: E402
 import scorecard  # noqa: E402
 import traces  # noqa: E402
 from arguments import arguments_of  # noqa: E402
@@ -321,3 +322,20 @@ def test_scaling_and_the_judge_run_with_tiny_models(tmp_path: Path) -> None:
     judged = bench(tmp_path, "--judge", "--size", "128", "--tasks", "3", "--tokens", "4")
     assert [one["row"] for one in judged] == ["judge-single", "judge-batched"]
     assert "times one at a time" in judged[1]["note"]
+
+
+def test_simulated_scaling_stays_below_the_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    scaling_simulated.main(["--gpus", "2,4", "--tasks", "4,16"])
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["load", "tasks", "policy", "2 GPUs warm", "2 GPUs cold", "4 GPUs warm", "4 GPUs cold"]
+    found = {tuple(cells[:3]): [float(cell) for cell in cells[3:]] for cells in lines[2:]}
+    assert set(found) == {
+        (load, count, policy)
+        for load in ("equal", "mixed")
+        for count in ("4", "16")
+        for policy in ("dynamic", "lockstep")
+    }
+    for two, two_cold, four, four_cold in found.values():
+        assert 1 < two_cold < two <= 2
+        assert two_cold < four_cold < four <= 4
+    assert found["mixed", "16", "dynamic"][2] > found["mixed", "16", "lockstep"][2]
