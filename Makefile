@@ -5,17 +5,19 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format env bench soak million bench-gpu gpu-test clean FORCE
+.PHONY: help demo test test-slow check format env bench soak million fuzz bench-gpu gpu-test clean FORCE
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 SOAK_ARGS ?=
 MILLION_ARGS ?=
+FUZZ_RUNS ?= 20000
+FUZZ_ARGS ?=
 BENCH_ARGS ?= --out docs/benchmarks.json
 
 # Whatever environment make was started from, .venv stands alone.
-unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_CONSTRAINT
+unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_CONSTRAINT
 export PIP_USER := 0
 
 BIN := .venv/bin
@@ -75,6 +77,10 @@ soak: $(READY) ## half an hour with a fault every second; SOAK_ARGS="--minutes 3
 
 million: $(READY) ## a million tasks: the driver's memory, the time of a resume; MILLION_ARGS="--tasks 100000"
 	@$(BIN)/python tests/faults/million.py $(MILLION_ARGS)
+
+fuzz: $(READY) ## any bytes for every parser, 20,000 inputs each; FUZZ_RUNS=2000, FUZZ_ARGS="-k adapter"
+	@IMAGEMILL_FUZZ=$(FUZZ_RUNS) $(BIN)/python -m pytest -q tests/faults/test_fuzz.py --timeout 0 \
+	  --hypothesis-show-statistics $(FUZZ_ARGS)
 
 # On a GPU machine the tests run under the Python that has its CUDA build of torch, not under .venv.
 bench-gpu: $(READY) ## measure pictures a second on this machine's GPUs, into docs/benchmarks.json

@@ -218,7 +218,7 @@ def source_refusals(shared_place: Workplace) -> list[Ended]:
         if content is not None:
             shared_place.write(path, content)
         commands.append(("run", path, "--out", f"source-{number}", "--model", "fake"))
-    return shared_place.many(commands)
+    return shared_place.forked(commands)
 
 
 @pytest.mark.parametrize("number", range(len(SOURCES)), ids=[f"{name} {content}" for name, content, _ in SOURCES])
@@ -291,7 +291,7 @@ def option_refusals(shared_place: Workplace) -> list[Ended]:
         usual = {"--out": f"option-{number}", "--model": "fake"}
         given = [word for name, value in usual.items() if name not in options for word in (name, value)]
         commands.append(("run", "row.jsonl", *given, *options))
-    return shared_place.many(commands)
+    return shared_place.forked(commands)
 
 
 @pytest.mark.parametrize("number", range(len(OPTIONS)), ids=[" ".join(options) for options, _ in OPTIONS])
@@ -328,7 +328,7 @@ def settings_refusals(shared_place: Workplace) -> list[Ended]:
     shared_place.write("row.jsonl", GOOD)
     for number, (text, _) in enumerate(SETTINGS):
         shared_place.write(f"settings/{number}/settings.yaml", text)
-    return shared_place.many(
+    return shared_place.forked(
         (
             "run",
             "row.jsonl",

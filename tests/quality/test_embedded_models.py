@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +47,46 @@ LOOKS = ("line-icon", "pixel-art")
 EMBEDDED = ("tiny", "tiny-edit")
 
 
-def paint(folder: Path, tasks: Sequence[dict[str, Any]], **settings: Any) -> list[Picture]:
-    """The pictures of the tasks, in order."""
-    report = imagemill.run(tasks, out=folder, **{"model": "tiny", "workers": 2, **settings})
+class Painter:
+    """The embedded models, each loaded once for all tests."""
+
+    def __init__(self) -> None:
+        self._engines: dict[str, imagemill.Engine] = {}
+
+    def __call__(self, folder: Path, tasks: Sequence[dict[str, Any]], model: str = "tiny") -> list[Picture]:
+        """The pictures of the tasks, in order."""
+        if model not in self._engines:
+            self._engines[model] = imagemill.Engine(model, device="cpu", workers=1)
+        outcomes = list(self._engines[model].run(tasks, folder))
+        assert [outcome.message for outcome in outcomes if not outcome.ok] == []
+        return [opened(outcome.path) for outcome in sorted(outcomes, key=lambda outcome: outcome.seq)]
+
+    def texts(self, folder: Path, prompts: Sequence[str]) -> list[Picture]:
+        """The pictures of the prompts, in order."""
+        return self(folder, [{"prompt": prompt} for prompt in prompts])
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+
+
+@pytest.fixture(scope="module")
+def paint() -> Iterator[Painter]:
+    made = Painter()
+    yield made
+    made.close()
+
+
+def opened(path: str | Path) -> Picture:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def run_apart(folder: Path, tasks: Sequence[dict[str, Any]], **settings: Any) -> list[Picture]:
+    """The pictures of the tasks, in order, by a run of its own."""
+    report = imagemill.run(tasks, out=folder, model="tiny", **settings)
     assert report.exit_code == 0, report
     results = map(json.loads, (folder / "results.jsonl").read_text("utf-8").splitlines())
-    return [np.asarray(Image.open(folder / result["path"]).convert("RGB")) for result in results]
-
-
-def painted(folder: Path, prompts: Sequence[str], **fields: Any) -> list[Picture]:
-    return paint(folder, [{"prompt": prompt, **fields} for prompt in prompts])
+    return [opened(folder / result["path"]) for result in results]
 
 
 def share(values: Sequence[bool]) -> float:
@@ -96,60 +126,79 @@ def drawn(atlas: Atlas, scenes: Sequence[Any]) -> list[Picture]:
 # --- tiny -------------------------------------------------------------------------------------------------------------
 
 
-def test_backgrounds_have_the_asked_colour_and_things_are_recognised(tmp_path: Path, classifier: Classifier) -> None:
-    prompts = [pair for noun in WHOLE[:3] for pair in background_prompts([noun])]
-    pictures = painted(tmp_path, [prompt for prompt, _ in prompts])
-    assert len(prompts) == 3 * len(COLOURS)
+@pytest.mark.parametrize("things", [WHOLE[:2], pytest.param(WHOLE[2:6], marks=pytest.mark.slow)], ids=len)
+def test_backgrounds_have_the_asked_colour_and_things_are_recognised(
+    things: Sequence[str], paint: Painter, tmp_path: Path, classifier: Classifier
+) -> None:
+    prompts = [pair for noun in things for pair in background_prompts([noun])]
+    pictures = paint.texts(tmp_path, [prompt for prompt, _ in prompts])
+    assert len(prompts) == len(things) * len(COLOURS)
     right = [background_colour(picture) == want for picture, (_, want) in zip(pictures, prompts, strict=True)]
     assert share(right) >= 0.98
     seen = nouns_seen(classifier, pictures)
-    assert share([NOUNS[number] == WHOLE[place // len(COLOURS)] for place, number in enumerate(seen)]) >= 0.97
+    assert share([NOUNS[number] == things[place // len(COLOURS)] for place, number in enumerate(seen)]) >= 0.97
 
 
-def test_nouns_from_the_whole_list_are_recognised(tmp_path: Path, classifier: Classifier) -> None:
-    chosen = random.Random(7).sample(NOUNS, 48)
-    seen = nouns_seen(classifier, painted(tmp_path, [prompt for prompt, _ in noun_prompts(chosen)]))
+@pytest.mark.parametrize("count", [32, pytest.param(128, marks=pytest.mark.slow)])
+def test_nouns_from_the_whole_list_are_recognised(
+    count: int, paint: Painter, tmp_path: Path, classifier: Classifier
+) -> None:
+    chosen = random.Random(7).sample(NOUNS, count)
+    seen = nouns_seen(classifier, paint.texts(tmp_path, [prompt for prompt, _ in noun_prompts(chosen)]))
     assert share([NOUNS[number] == noun for number, noun in zip(seen, chosen, strict=True)]) >= 0.95
 
 
-def test_two_and_three_things_are_counted(tmp_path: Path) -> None:
+def test_two_and_three_things_are_counted(paint: Painter, tmp_path: Path) -> None:
     prompts = count_prompts(list(WHOLE[:10]))
-    pictures = painted(tmp_path, [prompt for prompt, _ in prompts])
+    pictures = paint.texts(tmp_path, [prompt for prompt, _ in prompts])
     assert share([parts(picture) == count for picture, (_, count) in zip(pictures, prompts, strict=True)]) >= 0.9
 
 
-def test_things_stand_where_the_prompt_says(tmp_path: Path) -> None:
+def test_things_stand_where_the_prompt_says(paint: Painter, tmp_path: Path) -> None:
     prompts = place_prompts(["apple", "rocket"])
-    pictures = painted(tmp_path, [prompt for prompt, _ in prompts])
+    pictures = paint.texts(tmp_path, [prompt for prompt, _ in prompts])
     assert share([stands_at(picture, place) for picture, (_, place) in zip(pictures, prompts, strict=True)]) >= 0.95
 
 
-def test_a_prompt_from_outside_gives_a_clean_picture(tmp_path: Path) -> None:
+def test_a_prompt_from_outside_gives_a_clean_picture(paint: Painter, tmp_path: Path) -> None:
     """No noise and no haze: neighbouring pixels are alike, as in a drawing, and there is something to see."""
     prompts = ["quantum chromodynamics", "一只在月亮下唱歌的猫", "the feeling of a long Sunday, " * 12, "?"]
-    for picture in painted(tmp_path, prompts):
+    for picture in paint.texts(tmp_path, prompts):
         steps = np.abs(np.diff(picture.astype(int), axis=1))
         assert np.median(steps) <= 2
         assert picture.std() > 8
 
 
 def test_batches_and_workers_do_not_change_a_picture(tmp_path: Path) -> None:
-    tasks = [{"prompt": f"a {noun} on a white background"} for noun in WHOLE[:8]]
-    alone = paint(tmp_path / "1", tasks, batch_size=1, workers=1)
-    two = paint(tmp_path / "2", tasks, batch_size=1)
-    four = paint(tmp_path / "4", tasks, batch_size=4, workers=1)
+    tasks = [{"prompt": f"a {noun} on a white background"} for noun in WHOLE[:4]]
+    alone = run_apart(tmp_path / "1", tasks, batch_size=1, workers=1)
+    two = run_apart(tmp_path / "2", tasks, batch_size=1, workers=2)
+    four = run_apart(tmp_path / "4", tasks, batch_size=4, workers=1)
     assert all((one == other).all() for one, other in zip(alone, two, strict=True))
     assert max(np.abs(one.astype(int) - other).max() for one, other in zip(alone, four, strict=True)) <= 1
 
 
+YELLOW = 14
+"""How many things are drawn on yellow, without an adapter and with each."""
+
+
+def on_yellow(atlas: Atlas, count: int = YELLOW, **fields: Any) -> list[dict[str, Any]]:
+    return [{"prompt": prompt + " on a yellow background", **fields} for prompt, _ in noun_prompts(atlas.nouns[:count])]
+
+
+@pytest.fixture(scope="module")
+def plain(paint: Painter, atlas: Atlas, tmp_path_factory: pytest.TempPathFactory) -> list[Picture]:
+    return paint(tmp_path_factory.mktemp("plain"), on_yellow(atlas))
+
+
 @pytest.mark.parametrize("look", LOOKS)
-def test_an_adapter_gives_its_look(look: str, tmp_path: Path, atlas: Atlas) -> None:
-    nouns = atlas.nouns[:14]
-    tasks = [{"prompt": prompt + " on a yellow background"} for prompt, _ in noun_prompts(nouns)]
-    base = paint(tmp_path / "base", tasks)
-    none = paint(tmp_path / "0", tasks[:2], loras=[f"{look}:0"])
-    half = paint(tmp_path / "0.5", tasks[:8], loras=[f"{look}:0.5"])
-    full = paint(tmp_path / "1", tasks, loras=[look])
+def test_an_adapter_gives_its_look(
+    look: str, paint: Painter, plain: list[Picture], tmp_path: Path, atlas: Atlas
+) -> None:
+    nouns, base = atlas.nouns[:YELLOW], plain
+    none = paint(tmp_path / "0", on_yellow(atlas, 2, lora=f"{look}:0"))
+    half = paint(tmp_path / "0.5", on_yellow(atlas, 4, lora=f"{look}:0.5"))
+    full = paint(tmp_path / "1", on_yellow(atlas, lora=look))
     assert all((one == other).all() for one, other in zip(base, none, strict=False))
     far, there, back = np.mean(
         [
@@ -171,7 +220,7 @@ def test_an_adapter_gives_its_look(look: str, tmp_path: Path, atlas: Atlas) -> N
 # --- tiny-edit --------------------------------------------------------------------------------------------------------
 
 
-def test_edits_come_nearer_to_their_targets(tmp_path: Path) -> None:
+def test_edits_come_nearer_to_their_targets(paint: Painter, tmp_path: Path) -> None:
     pairs = [json.loads(line) for line in (BENCH / "bench.jsonl").read_text("utf-8").splitlines()]
     chosen = pairs[::2]
     tasks = [{"id": pair["id"], "prompt": pair["instruction"], "image": str(BENCH / pair["image"])} for pair in chosen]
