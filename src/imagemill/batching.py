@@ -74,9 +74,12 @@ class Rule:
         return batch_for(*size, self.family, self.on_cuda, self.free) if size else 1
 
 
-def limit(settings: Settings, used: Sequence[Model], on_cuda: bool, free: int | None = None) -> Limit:
-    """The scheduler's bound for a run of these models; `free` are the bytes of the device that has the fewest."""
-    rules = {f"model:{model.spec.name}": rule(settings, model, on_cuda, free) for model in used}
+def limit(
+    settings: Settings, used: Sequence[Model], on_cuda: bool, free: int | None = None, share: int = judges.MAX_BATCH
+) -> Limit:
+    """The scheduler's bound for a run of these models; `free` are the bytes of the device that has the fewest, `share` is
+    how many of the tasks are a worker's part."""
+    rules = {f"model:{model.spec.name}": rule(settings, model, on_cuda, free, share) for model in used}
 
     def most(needs: Sequence[str]) -> int:
         found = rules.get(needs[0]) if needs else None
@@ -85,12 +88,14 @@ def limit(settings: Settings, used: Sequence[Model], on_cuda: bool, free: int | 
     return most
 
 
-def rule(settings: Settings, model: Model, on_cuda: bool, free: int | None = None) -> Rule:
+def rule(
+    settings: Settings, model: Model, on_cuda: bool, free: int | None = None, share: int = judges.MAX_BATCH
+) -> Rule:
     """The bound for one model of a run."""
     family, spec = model.planned.family, model.spec
     asked: int | None = settings.batch_size if settings.batch_size != "auto" else None
     if answers(family):
-        asked = judges.batch(spec, settings.judge)
+        asked = judges.batch(spec, settings.judge, on_cuda, share)
         asked = 1 if settings.exact and spec.runner == "judge_vlm" else asked
     elif settings.exact:
         asked = 1

@@ -140,12 +140,20 @@ def on_cuda(found: Sequence[Device]) -> bool:
     return found[0].torch_device.startswith("cuda")
 
 
-def limits(settings: Settings, used: Sequence[models.Model], choice: Choice) -> Limits:
-    """The scheduler's bounds; no batch is larger than the family of its model takes."""
+def limits(settings: Settings, used: Sequence[models.Model], choice: Choice, tasks: int | None = None) -> Limits:
+    """The scheduler's bounds; no batch is larger than the family of its model takes. On the CPU, where each worker holds the
+    weights in main memory and needs all cores to load them, `auto` is one load at a time. `tasks` are all that wait."""
     free = min(device.free for device in choice.devices)
-    most = batching.limit(settings, used, on_cuda(choice.devices), free)
-    asked, largest = settings.limits.parallel_loads, max((model.spec.memory for model in used), default=0)
-    loads = host_memory.parallel_loads(
-        None if asked == "auto" else asked, host_memory.free(), largest, len(choice.devices)
-    )
+    most = batching.limit(settings, used, on_cuda(choice.devices), free, share(len(choice.devices), tasks))
+    wanted, largest = settings.limits.parallel_loads, max((model.spec.memory for model in used), default=0)
+    at_once = wanted if wanted != "auto" else None if on_cuda(choice.devices) else 1
+    loads = host_memory.parallel_loads(at_once, host_memory.free(), largest, len(choice.devices))
     return Limits(**settings.limits.model_dump(exclude={"parallel_loads"}), parallel_loads=loads, batch=most)
+
+
+def share(workers: int, tasks: int | None) -> int:
+    """How many of the tasks a worker may be handed at once without taking them from the others: it may have two batches,
+    one at work and one ahead."""
+    if tasks is None:
+        return judges.MAX_BATCH if workers > 1 else judges.MAX_GPU_BATCH
+    return max(1, -(-tasks // (workers if workers == 1 else 2 * workers)))

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from imagemill import crew, progress, sources, trained_sizes, tuning_choice
+from imagemill import crew, downloads, progress, sources, trained_sizes, tuning_choice
 from imagemill.config import Settings, settings_from
 from imagemill.crashpoints import crash_point
 from imagemill.crew import Crew
@@ -230,6 +230,7 @@ class Engine:
             stack.callback(crash_point, "after-unlock")
             stack.callback(folder.close)
             stack.callback(crash_point, "after-ledger-close")
+            folder.refuse_links(self._written(path))
             ledger = Ledger(options.ledger or path / FILE_NAME, folder=path.resolve())
             stack.callback(ledger.close)
             stack.callback(crash_point, "before-ledger-close")
@@ -387,7 +388,8 @@ class Engine:
         self._progress.begin(sum(ledger.counts().values()) if known else None, hired.labels)
         workers = {str(number): {"label": label} for number, label in hired.labels.items()}
         ledger.note_stats({"policy": str(settings.schedule), "workers": workers, **self._tuning()})
-        bounds = crew.limits(settings, used, hired.choice)
+        waiting = sum(count for state, count in ledger.counts().items() if state != "done") if known else None
+        bounds = crew.limits(settings, used, hired.choice, waiting)
         return Run(
             feed=feed,
             scheduler=Scheduler(hired.labels, settings.schedule.name, settings.schedule.k or 1, bounds, hired.workers),
@@ -429,6 +431,12 @@ class Engine:
             exit_code=0 if status == "done" and not failed and not pending else 1,
             left_out=self._crew.choice.left_out if self._crew else (),
         )
+
+    def _written(self, path: Path) -> list[str]:
+        """What a run writes into its folder under names that are not those of tasks."""
+        names = [KEPT, downloads.FOLDER, *([FILE] if self.settings.trace else ())]
+        logs, whole = self._log_folder(path).absolute(), path.absolute()
+        return [*names, str(logs.relative_to(whole))] if logs.is_relative_to(whole) else names
 
     def _log_folder(self, path: Path) -> Path:
         given = self.settings.logging.folder

@@ -97,7 +97,7 @@ def forecast(
             ),
             policy=settings.schedule.name,
             lead=settings.schedule.k or 1,
-            limits=crew.limits(settings, used, choice),
+            limits=crew.limits(settings, used, choice, to_do),
             most=len(devices.gpus()) if choice.devices[0].torch_device.startswith("cuda") else os.cpu_count(),
         )
         return Forecast(

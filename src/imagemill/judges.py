@@ -34,6 +34,9 @@ MAX_BATCH = 16
 """How many tasks a vision-language model is handed at once where no batch size is given; it takes them in turns that fit
 into its memory."""
 
+MAX_GPU_BATCH = 64
+"""The same on a GPU: a token costs the host as much time for one task as for many."""
+
 METRICS_BATCH = 4
 WAVES = 2
 """An endpoint gets this many times `concurrency` tasks at once, so that it seldom waits for the slowest of them."""
@@ -114,13 +117,13 @@ def _revision(made_of: str, options: Options) -> str:
     return f"{made_of}/{json.dumps(asked, sort_keys=True)}" if asked else made_of
 
 
-def batch(spec: ModelSpec, settings: JudgeSettings) -> int:
-    """How many tasks a worker is handed at once."""
+def batch(spec: ModelSpec, settings: JudgeSettings, on_cuda: bool = False, share: int = MAX_BATCH) -> int:
+    """How many tasks a worker is handed at once; `share` is what of all tasks is its part."""
     match spec.runner:
         case "judge_openai":
             return settings.concurrency * WAVES
         case "judge_vlm":
-            return settings.batch_size or MAX_BATCH
+            return settings.batch_size or (max(1, min(share, MAX_GPU_BATCH)) if on_cuda else MAX_BATCH)
         case "fake":
             return settings.batch_size or 1
     return settings.batch_size or METRICS_BATCH

@@ -98,6 +98,24 @@ class OutputFolder:
                 self._inside[parent] = False
         return self._inside[parent]
 
+    def refuse_links(self, names: Iterable[str]) -> None:
+        """Refuse links out of the folder at these places, and right below them: what a run writes there would land outside.
+
+        Raises `InputError`.
+        """
+        for name in names:
+            place = self.path / name
+            below = () if place.is_symlink() or not place.is_dir() else place.iterdir()
+            for one in (place, *below):
+                if one.is_symlink() and not self._leads_inside(one):
+                    raise InputError(f"{one}: is a link that leads out of the output folder; remove it")
+
+    def _leads_inside(self, link: Path) -> bool:
+        try:
+            return link.resolve().is_relative_to(self._root)
+        except (OSError, RuntimeError):
+            return False
+
     def occupied(self, relative: str) -> bool:
         """Whether something stands at the path."""
         return os.path.lexists(self._root / relative)

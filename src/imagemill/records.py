@@ -252,13 +252,14 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """One ended attempt of a task that did not give a picture."""
+    """One ended attempt of a task that did not give a picture. `shared`: its worker was lost and had another batch, too."""
 
     attempt: int
     worker: int
     kind: Kind
     message: str
     batch_size: int = 1
+    shared: bool = False
 
 
 State: TypeAlias = Literal["done", "failed"]

@@ -101,7 +101,7 @@ class SavedBatch:
         order, worker = self._order, self._saver.worker
 
         def ending() -> BatchEnded:
-            receipts = tuple(replace(receipt, peak_memory=peak) for receipt in self._receipts)
+            receipts = tuple(replace(one, peak_memory=max(peak, one.peak_memory)) for one in self._receipts)
             seconds = time.monotonic() - self._started
             failures, spans = tuple(self._failures), tuple(self._spans)
             return BatchEnded(worker, order.batch, receipts, failures, resident, seconds, spans, notes)
@@ -183,7 +183,7 @@ def answered(result: Result, attempt: int) -> Receipt:
     if result.answer is None or result.image is not None:
         raise BadOutput("the runner gave no answer to a task that asks for one")
     made = Receipt(result.seq, attempt, 0, 0, batch_size=result.batch_size, seconds=result.seconds)
-    return replace(made, answer=plain(result.answer))
+    return replace(made, answer=plain(result.answer), peak_memory=result.peak_memory)
 
 
 def told(error: Exception) -> str:

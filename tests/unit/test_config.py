@@ -83,7 +83,7 @@ def test_an_empty_file_gives_the_defaults(tmp_path: Path, text: str) -> None:
     assert (settings.batch_size, settings.exact, settings.compile) == ("auto", False, "auto")
     assert (settings.precision, settings.attention, settings.preload, settings.trace) == ("bf16", "auto", False, False)
     assert settings.limits.model_dump() == {
-        "load_timeout": 1800.0, "task_timeout": 600.0, "parallel_loads": 1, "max_attempts": 3, "read_ahead": 1024,
+        "load_timeout": 1800.0, "task_timeout": 600.0, "parallel_loads": "auto", "max_attempts": 3, "read_ahead": 1024,
     }  # fmt: skip
 
 

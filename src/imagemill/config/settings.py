@@ -74,12 +74,12 @@ class OutputSettings(_Section):
 class LimitSettings(_Section):
     """Bounds of a run. Timeouts are in seconds without a sign of life; `read_ahead` is in tasks of the source.
 
-    `parallel_loads` workers load at once; `auto` as many as main memory holds.
+    `parallel_loads` workers load at once; `auto` as many as main memory holds on GPUs, one on the CPU.
     """
 
     load_timeout: Seconds = 1800.0
     task_timeout: Seconds = 600.0
-    parallel_loads: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = 1
+    parallel_loads: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     read_ahead: Count = 1024
 

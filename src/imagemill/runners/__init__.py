@@ -30,8 +30,9 @@ class Cancelled(BaseException):
 class Result:
     """What became of one task: exactly one of `image`, `answer`, `error` and `arrive` is there.
 
-    `seconds` maps stages to seconds. `arrive` is a picture that is still on its way from the device: call it, once and
-    on any thread, for the result itself. `spans` are the stages of the whole batch, with one of its results.
+    `seconds` maps stages to seconds. `arrive` is a picture, or an answer, that is still on its way from the device: call
+    it, once and on any thread, for the result itself. `spans` are the stages of the whole batch, with one of its results.
+    `peak_memory` is in bytes on the device, where it was reached after the batch had been handed over.
     """
 
     seq: int
@@ -43,6 +44,7 @@ class Result:
     arrive: Callable[[], Result] | None = None
     marks: tuple[str, ...] = ()
     spans: tuple[Span, ...] = ()
+    peak_memory: int = 0
 
     def landed(self) -> Result:
         """The result itself; waits for a picture that is on its way."""

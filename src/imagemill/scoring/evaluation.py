@@ -119,6 +119,7 @@ class Evaluation:
         """Both stages and the report. Raises as `evaluate` does."""
         lock = OutputFolder(self.folder)
         try:
+            lock.refuse_links([SOURCES])
             return self._run()
         finally:
             lock.close()
