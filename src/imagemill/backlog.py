@@ -6,13 +6,18 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import TypeAlias
 
 from imagemill.records import Ticket, Try
 
 Bucket: TypeAlias = tuple[tuple[str, ...], str]
 """What tasks must share to run in one batch: their needs and their group."""
+
+
+def spread(number: int, length: int) -> int:
+    """A place in a row of that length: 0 for 0, and far from each other for numbers that follow each other."""
+    return int(number * 0.618 % 1 * length)
 
 
 @dataclass(slots=True)
@@ -94,6 +99,12 @@ class Backlog:
     def in_order(self) -> Iterator[Entry]:
         """Waiting entries in order of arrival, retries left out."""
         return iter(self._waiting.values())
+
+    def pick(self, number: int, count: int) -> list[Entry]:
+        """This many of the waiting entries, neighbours: the oldest for 0, for other numbers some that are far apart."""
+        place = spread(number, len(self._waiting))
+        found = list(islice(self._waiting.values(), place, place + count))
+        return found + list(islice(self._waiting.values(), min(place, count - len(found))))
 
     def longest(self, bucket: Bucket) -> Entry | None:
         """The dearest entry of a bucket, the earlier one of equals."""

@@ -315,6 +315,9 @@ def main() -> None:
             print("give --rerun-changed to make them again, or another --out to keep both", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"imagemill: {error.filename}: {error.strerror}; give a shorter one", file=sys.stderr)
+            sys.exit(2)
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
         print(f"imagemill: {error}; raise the limit of open files (ulimit -n)", file=sys.stderr)

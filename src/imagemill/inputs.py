@@ -125,7 +125,7 @@ def lora_path(text: str, base: str | os.PathLike[str] | None = None) -> str:
     path = local_path(text, base)
     embedded = LORAS / f"{text}.safetensors"
     bare = os.path.basename(text) == text
-    return str(embedded) if bare and not os.path.exists(path) and embedded.is_file() else path
+    return str(embedded) if bare and not os.path.exists(path) and os.path.isfile(embedded) else path
 
 
 def picture_path(text: str, base: str | os.PathLike[str] | None = None) -> str:

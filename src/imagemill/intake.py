@@ -244,19 +244,32 @@ class Intake:
 
     def _compare(self, *, rerun_changed: bool) -> Comparison:
         comparison = self._ledger.staging.compare()
-        conflicts = self._ledger.staging.conflicts(self._ledger.run) + self._foreign_files()
+        foreign = self._foreign_files()
+        conflicts = self._ledger.staging.conflicts(self._ledger.run) + [line for _, line in foreign]
         if conflicts:
-            raise TaskFileError(conflicts[:SHOWN], len(conflicts), "choose another output_path, or give another --out")
+            mend = "choose another output_path, or give another --out"
+            if self._ledger.is_new and self._has_own([path for path, _ in foreign[:SHOWN]]):
+                mend = (
+                    "they are pictures of imagemill, but the folder's ledger is gone: "
+                    f"`imagemill repair {self.folder.path}` rebuilds it from them; or give another --out"
+                )
+            raise TaskFileError(conflicts[:SHOWN], len(conflicts), mend)
         if comparison.changed and not rerun_changed:
             raise ChangedTasksError(comparison.differences, comparison.changed)
         return comparison
 
-    def _foreign_files(self) -> list[str]:
-        """New tasks at whose place a file stands that no run of this folder made: it would be overwritten."""
+    def _has_own(self, paths: Iterable[str]) -> bool:
+        """Whether one of these files is a picture that carries its task."""
+        from imagemill import repair
+
+        return any(repair.look(self.folder.path, path).task is not None for path in paths)
+
+    def _foreign_files(self) -> list[tuple[str, str]]:
+        """New tasks at whose place a file stands that no run of this folder made, which would be overwritten: path, message."""
         if self._overwrite or not self._keeps_files:
             return []
         return [
-            f"{place}: output_path {path!r}: a file that is no picture of this folder's runs stands there"
+            (path, f"{place}: output_path {path!r}: a file that is no picture of this folder's runs stands there")
             for place, path in self._ledger.staging.new()
             if self.folder.occupied(path)
         ]

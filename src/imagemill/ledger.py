@@ -181,6 +181,11 @@ class Ledger:
                 with suppress(OSError):
                     self.path.with_name(self.path.name + end).unlink(missing_ok=True)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether there was no ledger before this one."""
+        return self._fresh
+
     # --- the run ---------------------------------------------------------------------------------------------------
 
     @writing()

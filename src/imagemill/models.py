@@ -183,9 +183,10 @@ def _model(spec: ModelSpec, chosen: Family, known: KnownModel | None) -> Model:
 
 def _locate(name: str, download: bool) -> tuple[Path, KnownModel | None]:
     folder = Path(os.path.expanduser(name))
-    if name and folder.is_dir():
+    # os.path: a name that no folder can have (too long, say) is that of none.
+    if name and os.path.isdir(folder):
         return folder, None
-    if name and folder.exists():
+    if name and os.path.exists(folder):
         raise InputError(f"model {name!r} is a file; give the folder of a pipeline in diffusers format (with {INDEX})")
     if _REPO.fullmatch(name):
         known = next((model for model in KNOWN.values() if model.repo.lower() == name.lower()), None)

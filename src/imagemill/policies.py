@@ -19,6 +19,10 @@ from imagemill.records import Batch
 SAVING_AT_MOST = 2
 """Batches whose pictures a worker may still be saving when it takes the next: bounds what waits in its memory."""
 
+PROBE_AFTER = 3
+"""A worker that was lost this often in a row without a finished task takes tasks out of turn until one is done: it may have
+met bad ones that stand beside each other."""
+
 State: TypeAlias = Literal["absent", "waiting", "loading", "idle", "busy", "ending", "quarantined"]
 """A worker: no process; a process that waits to load; loading; ready; at work; being killed; never used again."""
 
@@ -28,7 +32,8 @@ class Worker:
     """What the scheduler knows of one worker. Times are monotonic seconds.
 
     `batch` is on its device, `saving` are those that left it and whose pictures are being saved. `secluded` says that
-    the task it has is under suspicion and gets no company.
+    the task it has is under suspicion and gets no company. `losses` are those in a row without a finished task; of
+    them, `unexplained` are those with a task that had cost no worker before, or with none.
     """
 
     id: int
@@ -43,6 +48,7 @@ class Worker:
     ending: str = ""
     completed: int = 0
     losses: int = 0
+    unexplained: int = 0
     failed_loads: int = 0
     blame: int = 0
     idle: float = 0.0
@@ -52,6 +58,11 @@ class Worker:
     def live(self) -> bool:
         """Ready for work or at work."""
         return self.state in ("idle", "busy")
+
+    @property
+    def doubted(self) -> bool:
+        """Lost so often that others than the next tasks must show whether it is whole."""
+        return self.losses >= PROBE_AFTER
 
     @property
     def usable(self) -> bool:
@@ -116,6 +127,9 @@ class Policy(Protocol):
     def choose(self, worker: Worker, board: Board) -> list[Entry]:
         """The entries of its next batch, still in the backlog; empty to let it wait."""
 
+    def probe(self, worker: Worker, board: Board) -> Entry | None:
+        """One from elsewhere than what is next, for a worker that was lost several times in a row; None if there is none."""
+
 
 class Dynamic:
     """Affinity first, then the longest, with a bound on how often the oldest may be passed over."""
@@ -137,6 +151,10 @@ class Dynamic:
             return []
         head = oldest if backlog.overtaken() >= board.patience else _best_fit(worker, board)
         return [head, *_mates(head, board, board.batch_limit(head))]
+
+    def probe(self, worker: Worker, board: Board) -> Entry | None:
+        """Any that waits."""
+        return next(iter(board.backlog.pick(worker.losses, 1)), None)
 
 
 def _best_fit(worker: Worker, board: Board) -> Entry:
@@ -198,6 +216,15 @@ class Static:
             chosen.append(queue.popleft())
         return chosen
 
+    def probe(self, worker: Worker, board: Board) -> Entry | None:
+        """Any that waits, of another worker too: all of its own may be bad."""
+        for entry in board.backlog.pick(worker.losses, 1):
+            for queue in self._queues.values():
+                if entry in queue:
+                    queue.remove(entry)
+            return entry
+        return None
+
     def _inherit(self, board: Board) -> None:
         heirs = [worker.id for worker in board.workers.values() if worker.usable]
         for worker in board.workers.values():
@@ -230,11 +257,16 @@ class Lockstep:
         entry = self._share.pop(worker.id, None)
         return [entry] if entry else []
 
+    def probe(self, worker: Worker, board: Board) -> Entry | None:
+        """None: what runs belongs to a round. The next round is taken from elsewhere (`_open`)."""
+        return None
+
     def _open(self, board: Board) -> None:
         crew = board.idle()
         if board.backlog.waiting() < len(crew) and not board.source_ended:
             return
-        entries = [entry for entry, _ in zip(board.backlog.in_order(), crew, strict=False)]
+        doubts = max((worker.losses for worker in crew if worker.doubted), default=0)
+        entries = board.backlog.pick(doubts, len(crew))
         for entry in entries:
             best = max(crew, key=lambda worker: (worker.match(entry.ticket.needs), -worker.id))
             crew.remove(best)

@@ -24,6 +24,9 @@ Action: TypeAlias = Literal["again", "split", "elsewhere", "give_up"]
 POISON_LOSSES = 2
 """A task that has cost this many workers is not given another."""
 
+LOSS = ("worker_lost", "timeout")
+"""Kinds of failures that cost the worker."""
+
 FIRST_DELAY = 0.5
 LONGEST_DELAY = 30.0
 
@@ -43,9 +46,9 @@ def decide(tries: Sequence[Try], max_attempts: int) -> Decision:
         return Decision("give_up")
     if last.kind == "oom" and last.batch_size > 1:
         return Decision("split")
-    if last.kind in ("worker_lost", "timeout"):
+    if last.kind in LOSS:
         # In a batch nobody knows who did it: the members are tried alone, and only that counts against one.
-        alone = [one for one in tries if one.kind in ("worker_lost", "timeout") and one.batch_size == 1]
+        alone = [one for one in tries if one.kind in LOSS and one.batch_size == 1]
         return Decision("give_up" if len(alone) >= POISON_LOSSES else "elsewhere")
     alike = sum(one.kind == last.kind and one.batch_size == 1 for one in tries)
     if last.kind in ("oom", "bad_output"):
@@ -58,9 +61,9 @@ def decide(tries: Sequence[Try], max_attempts: int) -> Decision:
 def blames_device(one: Try) -> bool:
     """Whether the failure speaks against the device if another device then does the task.
 
-    Not where all of a batch failed together: there the cause was its size or any of its members.
+    Not where several failed together: there the cause was their number or any of them.
     """
-    return one.batch_size == 1 or one.kind not in ("oom", "worker_lost", "timeout")
+    return (one.batch_size == 1 and not one.shared) or one.kind not in ("oom", *LOSS)
 
 
 def backoff(failures: int, first: float = FIRST_DELAY, longest: float = LONGEST_DELAY) -> float:

@@ -37,10 +37,11 @@ from imagemill.records import (
     WorkerLost,
     WorkerReady,
 )
-from imagemill.retry import backoff, blames_device, decide
+from imagemill.retry import LOSS, backoff, blames_device, decide
 
 LOSSES_AT_MOST = 20
-"""A worker that was lost this often in a row without one finished task is not started again."""
+"""A worker that was lost this often in a row without one finished task is not started again. What a task costs that has
+cost a worker before does not count: it is the task."""
 LOADS_AT_MOST = 3
 """A device on which loading failed this often in a row is quarantined."""
 READ_AHEADS = 4
@@ -256,7 +257,7 @@ class Scheduler:
         return commands
 
     def _done(self, worker: Worker, entry: Entry, receipt: Receipt) -> list[Command]:
-        worker.losses = worker.blame = 0
+        worker.losses = worker.unexplained = worker.blame = 0
         commands: list[Command] = []
         for number in {one.worker for one in entry.tries if blames_device(one)} - {worker.id}:
             other = self.board.workers[number]
@@ -269,8 +270,10 @@ class Scheduler:
             Settle(entry.ticket.seq, entry.attempt, worker.id, receipt=receipt, tries=tuple(entry.tries)),
         ]
 
-    def _failed(self, worker: Worker, entry: Entry, failure: Failure, size: int, now: float) -> list[Command]:
-        attempt = Try(entry.attempt, worker.id, failure.kind, failure.message, size)
+    def _failed(
+        self, worker: Worker, entry: Entry, failure: Failure, size: int, now: float, *, shared: bool = False
+    ) -> list[Command]:
+        attempt = Try(entry.attempt, worker.id, failure.kind, failure.message, size, shared)
         entry.tries.append(attempt)
         decision = decide(entry.tries, self.limits.max_attempts)
         if decision.action == "give_up":
@@ -299,6 +302,7 @@ class Scheduler:
         self._last_loss = message
         worker.is_gone()
         worker.losses += 1
+        worker.unexplained += not self._killers(batches)
         worker.failed_loads += loading
         if worker.usable:
             worker.not_before = now + backoff(worker.losses, first=0.5 if worker.losses == 1 else 1.0)
@@ -307,12 +311,17 @@ class Scheduler:
             for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True):
                 entry = self.board.in_flight.pop(ticket.seq)
                 failure = Failure(ticket.seq, attempt, event.kind, message)
-                commands += self._failed(worker, entry, failure, len(batch.tickets), now)
+                commands += self._failed(worker, entry, failure, len(batch.tickets), now, shared=len(batches) > 1)
         if loading and event.kind == "bad_model":
             self._end = self._end or Halt("bad_model", event.message)
-        if worker.losses >= LOSSES_AT_MOST or worker.failed_loads >= LOADS_AT_MOST:
+        if worker.unexplained >= LOSSES_AT_MOST or worker.failed_loads >= LOADS_AT_MOST:
             commands += self._quarantine(worker, message)
         return commands
+
+    def _killers(self, batches: Sequence[Batch]) -> bool:
+        """Whether one of the tasks has cost a worker before."""
+        entries = (self.board.in_flight[ticket.seq] for batch in batches for ticket in batch.tickets)
+        return any(one.kind in LOSS for entry in entries for one in entry.tries)
 
     def _overdue(self, now: float) -> list[Command]:
         late = [worker for worker in self.board.workers.values() if _watched(worker) and now >= worker.deadline]
@@ -397,9 +406,10 @@ class Scheduler:
             if not self.policy.may(worker, self.board):
                 continue
             retry = next((e for e in self.board.backlog.retries(now) if self._takes(worker, e, now)), None)
-            if retry and worker.saving:
+            if (retry or worker.doubted) and worker.saving:
                 continue  # what was under way when a worker died shall not share the next one's fate
-            entries = [retry] if retry else self.policy.choose(worker, self.board)
+            alone = (self.policy.probe(worker, self.board) if worker.doubted else None) or retry
+            entries = [alone] if alone else self.policy.choose(worker, self.board)
             if entries:
                 commands.append(self._dispatch(worker, entries, now))
         return commands

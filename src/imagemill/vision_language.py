@@ -33,7 +33,7 @@ def locate(name: str, model: str, download: bool) -> Path:
     Downloads if need be, unless `download` is False. Raises `InputError` when there is none, or it is incomplete.
     """
     folder = Path(os.path.expanduser(model)).absolute()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         if not _REPO.fullmatch(model):
             raise InputError(f"model {name!r}: there is no folder {model}; give one, or a repository (org/name)")
         folder = hub.folder(model, download, _snapshot, gap)

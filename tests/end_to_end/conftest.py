@@ -16,6 +16,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import pytest
@@ -27,6 +28,24 @@ COMMAND = (sys.executable, "-m", "imagemill.cli")
 MARK = "IMAGEMILL_TEST_MARK"
 PATIENCE = 60.0
 """Seconds until a test gives up waiting for something that should come: far more than it takes."""
+
+FORKED = """
+import json, os, sys
+import imagemill.engine, imagemill.intake, imagemill.report
+from imagemill.cli import main
+
+folder = sys.argv[1]
+for number, arguments in enumerate(json.load(sys.stdin)):
+    child = os.fork()
+    if not child:
+        for handle in (1, 2):
+            os.dup2(os.open(f"{folder}/{number}.{handle}", os.O_WRONLY | os.O_CREAT), handle)
+        sys.argv[1:] = arguments
+        main()
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+"""Runs each command of a list in a process of its own that has imported what every command needs."""
 
 T = TypeVar("T")
 
@@ -90,8 +109,8 @@ class Started:
         return sorted(found)
 
     def children(self) -> list[int]:
-        """The living processes that the command has started, and theirs."""
-        return [pid for pid in self.family() if pid != self.pid]
+        """The living processes that the command has started, and theirs; not the keeper, which does no work."""
+        return [pid for pid in self.family() if pid != self.pid and not is_keeper(pid)]
 
     def signal(self, number: int) -> None:
         """To the whole process group, as a terminal does."""
@@ -111,6 +130,13 @@ class Started:
 def _alive(pid: int) -> bool:
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    return False
+
+
+def is_keeper(pid: int) -> bool:
+    """Whether the process is the one that ends the workers of a killed driver."""
+    with suppress(OSError):
+        return b"/keeper.py\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 
@@ -156,6 +182,26 @@ class Workplace:
         """Run commands that do not touch each other, two at a time."""
         with ThreadPoolExecutor(2) as pool:
             return list(pool.map(lambda arguments: self(*arguments), commands))
+
+    def forked(self, commands: Iterable[Sequence[object]]) -> list[Ended]:
+        """Run many short commands, each in a process of its own, without the cost of importing everything anew."""
+        words = json.dumps([list(map(str, arguments)) for arguments in commands])
+        with TemporaryDirectory() as folder:
+            ended = subprocess.run(
+                [sys.executable, "-c", FORKED, folder],
+                cwd=self.folder,
+                env=self.environment(),
+                input=words,
+                capture_output=True,
+                text=True,
+                timeout=4 * PATIENCE,
+                check=True,
+            )
+            said = [
+                [Path(folder, f"{number}.{handle}").read_text("utf-8") for handle in (1, 2)]
+                for number in range(len(ended.stdout.split()))
+            ]
+        return [Ended(int(code), *texts) for code, texts in zip(ended.stdout.split(), said, strict=True)]
 
     def start(self, *arguments: object, **environment: str) -> Started:
         """Start `imagemill ARGUMENTS`; what is left of it ends with the test."""
@@ -264,7 +310,7 @@ def pixels_of() -> Callable[[Path], dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def descendants() -> Callable[[], set[int]]:
-    """Living processes that this process has started, and theirs."""
+    """Living processes that this process has started, and theirs; not the keeper, which does no work."""
 
     def below(pid: int | None = None) -> set[int]:
         tree, found, open_ = parents(), set(), [pid or os.getpid()]
@@ -273,7 +319,7 @@ def descendants() -> Callable[[], set[int]]:
             children = {child for child, parent in tree.items() if parent == now}
             found |= children
             open_ += children
-        return found
+        return {one for one in found if not is_keeper(one)}
 
     return below
 

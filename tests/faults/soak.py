@@ -31,7 +31,6 @@ from checks import (
     at_start,
     golden_of,
     kill,
-    log_of,
     rows,
     temporary_files,
     until,
@@ -95,6 +94,22 @@ def scripted(count: int, rng: Random) -> list[dict[str, Any]]:
     return made
 
 
+class Moves:
+    """Whether a run goes on: its ledger's attempts grow, or it ends."""
+
+    def __init__(self, count: Callable[[str], int]) -> None:
+        self._count = count
+        self._last, self._known = time.monotonic(), -1
+
+    def look(self, running: Any) -> None:
+        """Raises `AssertionError` when nothing has moved for `STUCK` seconds."""
+        now = self._count(ATTEMPTS)
+        if now != self._known:
+            self._last, self._known = time.monotonic(), now
+        if time.monotonic() - self._last > STUCK:
+            raise AssertionError(f"nothing has moved for {STUCK:g} s: {running.err[-2000:]}")
+
+
 class Round:
     """One folder from its first run to the last check."""
 
@@ -124,8 +139,7 @@ class Round:
 
     def under_fire(self, until: float, every: float) -> None:
         """Runs, and a fault every so often, until all is done or the time is over."""
-        running = self.start()
-        moved, known = time.monotonic(), -1
+        running, moves = self.start(), Moves(self.count)
         while time.monotonic() < until:
             time.sleep(every)
             if running.process.poll() is not None:
@@ -134,12 +148,9 @@ class Round:
                 nobody(running)
                 if code == 0 or self.count(PENDING) == 0:  # what failed is tried again at the end
                     break
-                running, moved = self.start(), time.monotonic()
+                running, moves = self.start(), Moves(self.count)
                 continue
-            if (now := self.count(ATTEMPTS)) != known:
-                moved, known = time.monotonic(), now
-            if time.monotonic() - moved > STUCK:
-                raise AssertionError(f"nothing has moved for {STUCK:g} s: {running.err[-2000:]}")
+            moves.look(running)
             self.strike(running)
         if running.process.poll() is None:
             kill_and_look(running)
@@ -156,16 +167,9 @@ class Round:
         if not living:
             return None
         name, victim = self.rng.choice(list(TO_WORKERS)), self.rng.choice(living)
-        if TO_WORKERS[name] == signal.SIGSTOP and not self._begun(victim):
-            # Stopped before its first line of code, nothing could end it with a driver that is killed then.
-            return None
         # A worker that has not come as far as the hooks dies of their signals, which is a fault as well.
         kill(victim, TO_WORKERS[name])
         return name
-
-    def _begun(self, pid: int) -> bool:
-        """Whether the worker has said its first word: by then its life hangs on the driver's."""
-        return any(f", pid {pid}\n" in log_of(self.place, f"worker-{number}.log", FOLDER) for number in range(2))
 
     def _driver(self, running: Any) -> str:
         if self.rng.random() < 0.5:
@@ -192,7 +196,10 @@ class Round:
     def check(self) -> None:
         """Without faults the same command does the rest, and everything holds."""
         options = ("--workers", "2", "--config", "settings.yaml", "--retry-failed")
-        quiet = self.place.start_fake(SOURCE, FOLDER, *options)
+        quiet, moves = self.place.start_fake(SOURCE, FOLDER, *options), Moves(self.count)
+        while quiet.process.poll() is None:
+            time.sleep(1)
+            moves.look(quiet)
         ended = quiet.wait()
         assert ended.code == 0, ended.text
         ids = [f"t{number}" for number in range(self.tasks)]

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from checks import (
     AHEAD,
+    GONE_WITHIN,
+    HASTE,
     ROOT,
     WORKERS,
     Ended,
@@ -34,6 +36,8 @@ from checks import (
     workers,
 )
 from checks import until as wait_until
+
+from imagemill.keeper import Keeper
 
 COUNT = 24
 NAMES = {f"t{number}" for number in range(COUNT)}
@@ -405,6 +409,85 @@ def test_a_stopped_driver_still_holds_its_folder_and_a_dead_one_does_not(
     running.wait()
     goes_on(place, golden)
     assert running.family() == []
+
+
+# --- killed, and what could outlive it --------------------------------------------------------------------------------
+
+STOPS = """
+if fd >= 0:
+    import signal
+    if life("worker") == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+"""
+"""For `at_start`: the first worker is stopped before a line of imagemill has run in it."""
+
+HELPER = """
+if fd >= 0:
+    import subprocess
+    subprocess.Popen([sys.executable, "-I", "-S", "-c", "import signal; signal.pause()"])
+"""
+"""For `at_start`: a library starts a process in every worker, and leaves it to itself."""
+
+
+def test_a_worker_stopped_before_its_first_line_ends_with_a_killed_driver(place: Workplace) -> None:
+    running = place.start_fake(place.tasks(rows(4)), "out", *WORKERS, **at_start(place, STOPS))
+    wait_until(lambda: any(state_of(pid) == "T" for pid in workers(running)))
+    kill_the_driver(running)
+
+
+@pytest.mark.parametrize("how", [pytest.param("stopped", marks=pytest.mark.slow), "at work"])
+def test_what_the_workers_of_a_killed_driver_have_started_ends_with_them(how: str, place: Workplace) -> None:
+    running = started(place, *WORKERS, **at_start(place, HELPER))
+    wait_until(lambda: len(running.children()) == 4)
+    for pid in running.children() if how == "stopped" else ():
+        kill(pid, signal.SIGSTOP)
+    kill_the_driver(running)
+
+
+def test_without_its_keeper_a_run_goes_on_and_workers_still_end_with_the_driver(place: Workplace) -> None:
+    running = started(place, *WORKERS, delay=0.3, **at_start(place, HASTE))
+    (keeper,) = set(running.family()) - set(running.children()) - {running.pid}
+    kill(keeper)
+    victim = workers(running)[0]
+    kill(victim)
+    wait_until(lambda: victim not in running.family() and len(workers(running)) == 2)
+    kill_the_driver(running)
+
+
+def test_the_keeper_kills_what_it_was_told_of_and_not_what_it_was_told_to_forget() -> None:
+    def group() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE, process_group=0)
+
+    kept, forgotten = group(), group()
+    keeper = Keeper()
+    for one in (kept, forgotten):
+        keeper.watch(one.pid)
+    keeper.forget(forgotten.pid)
+    keeper.close()
+    assert kept.wait(GONE_WITHIN) == -signal.SIGKILL
+    assert forgotten.poll() is None
+    forgotten.communicate(b"\n")
+    assert forgotten.returncode == 0
+
+
+def test_a_keeper_that_takes_no_more_is_let_go_and_kills_nothing() -> None:
+    sleeper = subprocess.Popen([sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE, process_group=0)
+    keeper = Keeper()
+    assert keeper._process is not None
+    os.kill(keeper._process.pid, signal.SIGSTOP)
+    for _ in range(20_000):  # more than a pipe holds
+        keeper.watch(sleeper.pid)
+    assert keeper._process is None
+    assert sleeper.poll() is None
+    sleeper.communicate(b"\n")
+    assert sleeper.returncode == 0
+
+
+def state_of(pid: int) -> str:
+    """The kernel's letter for what the process does; empty when it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
 
 
 # --- killed at random moments -----------------------------------------------------------------------------------------

@@ -32,14 +32,15 @@ from imagemill.scoring.answers import parse_answer
 from imagemill.scoring.scale import TEN
 from imagemill.sources import READERS, Row
 
-RUNS = int(os.environ.get("IMAGEMILL_FUZZ", "300"))
+QUICK = 300
+RUNS = int(os.environ.get("IMAGEMILL_FUZZ", QUICK))
 SECONDS = 20.0
 """No input of a few kilobytes may take longer: far more than any takes, far less than a hang."""
 
 fuzz = settings(
     max_examples=RUNS,
     deadline=SECONDS * 1000,
-    derandomize=RUNS <= 300,
+    derandomize=RUNS <= QUICK,
     suppress_health_check=list(HealthCheck),
     database=None,
 )
@@ -167,11 +168,19 @@ def as_parquet(table: list[dict[str, str | int | None]]) -> bytes:
 PARQUET = as_parquet([{"prompt": f"prompt {number}", "seed": number, "id": None} for number in range(20)])
 
 
-@settings(fuzz, max_examples=max(50, RUNS // 4))
+@settings(fuzz, max_examples=RUNS if RUNS > QUICK else max(1, RUNS // 4))
 @given(content=mutated(st.just(PARQUET)))
 def test_a_damaged_parquet_file_is_read_or_refused(content: bytes) -> None:
     with suppress(InputError):
         sound(read(".parquet", content))
+
+
+def test_text_in_a_parquet_file_that_is_not_utf_8_is_refused_with_its_column() -> None:
+    column = pa.array([b"a", b"caf\xe9"], pa.binary()).view(pa.string())
+    out = io.BytesIO()
+    pq.write_table(pa.table({"prompt": ["a", "b"], "note": column}), out)
+    with pytest.raises(InputError, match=r"^tasks.parquet, after row 0: 'note': holds text that is not UTF-8"):
+        read(".parquet", out.getvalue())
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -237,6 +246,14 @@ def test_settings_of_any_bytes_are_read_or_refused(
     path = _folder(tmp_path_factory) / "settings.yaml"
     path.write_bytes(data.draw(mutated(whole)))
     with suppress(InputError):
+        load_settings(path)
+
+
+@pytest.mark.parametrize("value", ["!!timestamp ", "!!int ''", "!!float ''", "!!bool perhaps"])
+def test_a_value_that_is_none_of_its_tag_is_refused_with_its_place(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"exact: true\nsteps: {value}\n")
+    with pytest.raises(InputError, match=r"settings.yaml, line 2, column 8: .* leave the !!"):
         load_settings(path)
 
 

@@ -104,11 +104,12 @@ def content(task: PlannedTask) -> bytes:
 
 @dataclass(frozen=True)
 class Blow:
-    """A failed attempt: its kind, how many tasks shared the batch, on which worker."""
+    """A failed attempt: its kind, how many tasks shared the batch, on which worker, and whether that had other batches."""
 
     kind: str
     size: int
     worker: int
+    company: bool = False
 
 
 def ends(history: Sequence[Blow], max_attempts: int) -> bool:
@@ -134,7 +135,7 @@ class Device:
     unready: bool = False  # a process that was never ready
     killed: str = ""
     sign: float = 0.0  # of life, the last one
-    losses: int = 0
+    unexplained: int = 0  # losses in a row, but for those with a task that had cost a worker before
     failed_loads: int = 0
     blame: int = 0
     out: bool = False
@@ -197,7 +198,7 @@ class Promises:
         for ticket in tickets:
             if ticket.seq in made:
                 due[ticket.seq] = "done"
-                device.losses = device.blame = 0
+                device.unexplained = device.blame = 0
                 self._blame(ticket.seq, event.worker)
             else:
                 due |= self._failed(ticket.seq, Blow(kinds.get(ticket.seq, "transient"), len(tickets), event.worker))
@@ -207,7 +208,8 @@ class Promises:
         """A task that failed elsewhere was done here: that speaks against those devices."""
         blows = [blow for blow in self.history.get(seq, ()) if blow.worker != doer]
         shared = ("oom", "worker_lost", "timeout")
-        for number in {blow.worker for blow in blows if blow.size == 1 or blow.kind not in shared}:
+        alone = {blow.worker for blow in blows if blow.kind not in shared or (blow.size == 1 and not blow.company)}
+        for number in alone:
             self.devices[number].blame += 1
             self.devices[number].out |= self.devices[number].blame >= BLAME_AT_MOST
 
@@ -219,12 +221,13 @@ class Promises:
     def _lost(self, event: WorkerLost) -> dict[int, str]:
         device, due = self.devices[event.worker], dict[int, str]()
         kind = "timeout" if device.killed.startswith("silent") else event.kind
+        blows = [b for held in device.held.values() for ticket in held for b in self.history.get(ticket.seq, ())]
+        device.unexplained += not any(blow.kind in ("worker_lost", "timeout") for blow in blows)
         for tickets in device.held.values():
             for ticket in tickets:
-                due |= self._failed(ticket.seq, Blow(kind, len(tickets), event.worker))
-        device.losses += 1
+                due |= self._failed(ticket.seq, Blow(kind, len(tickets), event.worker, len(device.held) > 1))
         device.failed_loads += device.unready
-        device.out |= device.losses >= LOSSES_AT_MOST or device.failed_loads >= LOADS_AT_MOST
+        device.out |= device.unexplained >= LOSSES_AT_MOST or device.failed_loads >= LOADS_AT_MOST
         device.held, device.loading, device.unready, device.killed = {}, False, False, ""
         return due
 

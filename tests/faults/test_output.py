@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from checks import AHEAD, HASTE, WORKERS, Workplace, after, at_start, log_of, rows
+from checks import AHEAD, HASTE, WORKERS, Workplace, after, at_start, log_of, rows, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,3 +139,11 @@ def test_a_writer_in_append_mode_is_neither_held_up_nor_torn(tmp_path: Path) -> 
     assert len(text) <= 30_000
     assert text.startswith(lines(0, 200))
     assert text.endswith(lines(59_999, 1))
+
+
+def test_the_log_of_a_worker_that_lives_on_is_capped_meanwhile(place: Workplace) -> None:
+    place.tasks(rows(1, t0={"noise": 20_000_000, "delay": 600}))
+    running = place.start_fake("tasks.jsonl", "out", "--isolate")
+    log = place.folder / "out" / "logs" / "worker-0.log"
+    until(lambda: log.exists() and b"left out here" in log.read_bytes())
+    assert running.process.poll() is None

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 from checks import after, rows, until
 
+from imagemill import Engine
+from imagemill.errors import InputError
+
 COUNT = 12
 SEED = 20250713
 TEMPORARY = ".imagemill-0-1-0123456789ab.part"
@@ -89,6 +92,47 @@ def test_a_lock_that_is_a_link_is_refused_and_what_it_leads_to_is_whole(place: A
     assert ended.code == 2, ended.text
     assert len(ended.err.splitlines()) == 1
     assert (outside / "precious").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("logs", ""),
+        ("logs", "not there"),
+        ("logs/driver.log", "precious"),
+        ("logs/worker-1.log", "precious"),
+        ("trace.json", "precious"),
+        (".imagemill-sources", ""),
+        (".imagemill-downloads", ""),
+    ],
+)
+def test_what_a_run_writes_beside_its_pictures_goes_through_no_link_out_of_the_folder(
+    link: str, target: str, place: Any, outside: Path
+) -> None:
+    precious = contents(outside)
+    at = place.folder / "out" / link
+    at.parent.mkdir(parents=True)
+    at.symlink_to(outside / target)
+    with Engine(model="fake", workers=2, trace=True) as engine:
+        with pytest.raises(InputError, match=f"out/{link}: is a link that leads out of the output folder; remove it"):
+            list(engine.run(rows(2), place.folder / "out"))
+        assert contents(outside) == precious
+        at.unlink()
+        if target == "not there":
+            assert all(outcome.ok for outcome in engine.run(rows(2), place.folder / "out"))
+
+
+def test_links_that_stay_inside_the_folder_or_lead_where_the_settings_say_are_followed(
+    place: Any, outside: Path
+) -> None:
+    (place.folder / "out" / "mine").mkdir(parents=True)
+    (place.folder / "out" / "logs").symlink_to("mine")
+    (place.folder / "linked").symlink_to(outside)
+    for name, settings in (("out", {}), ("other", {"logging.folder": str(place.folder / "linked")})):
+        with Engine(model="fake", **settings) as engine:
+            assert all(outcome.ok for outcome in engine.run(rows(2), place.folder / name))
+    assert (place.folder / "out" / "mine" / "driver.log").exists()
+    assert (outside / "driver.log").exists()
 
 
 def test_a_temporary_name_that_is_a_link_is_removed_and_not_written_through(

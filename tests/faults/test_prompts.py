@@ -6,6 +6,7 @@ import csv
 import html
 import io
 import json
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from checks import done_is_true, no_temporary_files
 from PIL import Image
 
+from imagemill.cli import main
 from imagemill.plan import MAX_PROMPT
 
 PROMPTS = {
@@ -127,6 +129,40 @@ LIMITS = {
     "wrong_order": ("a\udc08\ud83db", "half of a surrogate pair"),
     "blank": (" \n\t\u3000", "is empty"),
 }
+
+
+NAME = "x" * 300
+"""Longer than a file's name can be."""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "tasks.jsonl", "--model", NAME),
+        ("run", "tasks.jsonl", "--model", f"./{NAME}"),
+        ("run", "tasks.jsonl", "--model", "fake", "--lora", NAME),
+        ("run", "tasks.jsonl", "--model", "fake", "--out", NAME),
+        ("run", f"{NAME}.jsonl", "--model", "fake"),
+        ("run", "adapters.jsonl", "--model", "fake"),
+        ("report", NAME),
+        ("repair", NAME),
+        ("eval", NAME, "--edit-model", "fake", "--judge", "reference"),
+        ("compare", NAME, NAME),
+    ],
+    ids=["model", "folder", "lora", "out", "source", "row", "report", "repair", "eval", "compare"],
+)
+def test_a_name_longer_than_any_file_has_is_refused_in_a_line(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["imagemill", *arguments])
+    Path("tasks.jsonl").write_text('{"prompt": "a"}\n')
+    Path("adapters.jsonl").write_text(json.dumps({"prompt": "a", "lora_path": NAME}) + "\n")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "xxx" in capsys.readouterr().err.splitlines()[0]
+    assert not list(tmp_path.glob("*/*.png"))
 
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt"])

@@ -168,6 +168,24 @@ def test_a_ledger_that_reads_is_left_as_it_is(made: Any) -> None:
     assert contents(made.folder / "out") == before
 
 
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_where_the_ledger_is_gone_the_command_names_the_repair_that_brings_it_back(command: str, made: Any) -> None:
+    gone(made.folder / "out" / "ledger.sqlite")
+    before = contents(made.folder / "out")
+    ended = made(command, "tasks.jsonl", "--out", "out", "--model", "fake")
+    assert ended.code == 2, ended.text
+    assert "the folder's ledger is gone: `imagemill repair out` rebuilds it" in ended.err
+    assert contents(made.folder / "out") == before
+
+
+def test_foreign_pictures_are_not_taken_for_those_of_a_lost_ledger(place: Any) -> None:
+    place.write("out/t1.png", b"holiday")
+    ended = place.fake(place.tasks(rows(2)))
+    assert ended.code == 2, ended.text
+    assert "stands there" in ended.err
+    assert "repair" not in ended.err
+
+
 def test_pictures_without_a_task_cannot_be_rebuilt_and_nothing_is_changed(place: Any) -> None:
     assert place.fake(place.tasks(rows(3)), "out", "--no-metadata").code == 0
     garbage(place.folder / "out" / "ledger.sqlite")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,18 @@ def test_judgments_are_not_called_pictures(plan: Plan, tmp_path: Path) -> None:
     assert "pictures" not in judged
     assert "Speed" not in judged
     assert "2 pictures, 2 to do" in plan(2, **{"devices.device": "cpu"})
+
+
+def test_on_gpus_as_many_workers_load_at_once_as_main_memory_holds_and_on_the_cpu_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(crew.host_memory, "free", lambda: 14 * GIB)
+    gpu = an_h100(Settings(), (), None).devices[0]
+    cpu = replace(gpu, torch_device="cpu", inline_device="cpu")
+
+    def loads(device: Device, asked: int | None = None) -> int:
+        settings = merge(Settings(), {"limits.parallel_loads": asked})
+        return crew.limits(settings, (), Choice((device,) * 8)).parallel_loads
+
+    assert (loads(gpu), loads(cpu)) == (3, 1)
+    assert (loads(gpu, 2), loads(cpu, 2)) == (2, 2)

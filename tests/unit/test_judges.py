@@ -140,6 +140,18 @@ def test_how_many_tasks_a_worker_is_handed_follows_the_kind_of_judge(folder: Pat
 
 
 @pytest.mark.parametrize(
+    ("workers", "tasks", "size"), [(1, 24, 24), (1, 500, 64), (1, None, 64), (2, 24, 6), (8, 2000, 64), (8, None, 16)]
+)
+def test_on_gpus_a_worker_is_handed_its_part_of_the_tasks_up_to_a_bound(
+    folder: Path, workers: int, tasks: int | None, size: int
+) -> None:
+    asked, part = spec(f"judge:vlm:{folder}"), crew.share(workers, tasks)
+    assert judges.batch(asked, JudgeSettings(), True, part) == size
+    assert judges.batch(asked, JudgeSettings(batch_size=3), True, part) == 3
+    assert judges.batch(asked, JudgeSettings(), False, part) == 16
+
+
+@pytest.mark.parametrize(
     ("name", "workers"), [("judge:reference", 3), ("judge:preservation", 3), ("judge:openai:m", 1), ("judge:fake", 3)]
 )
 def test_judges_that_need_no_gpu_work_on_the_cpu_and_one_worker_asks_an_endpoint(name: str, workers: int) -> None:

@@ -123,6 +123,8 @@ def test_a_models_own_defaults_go_before_those_of_its_family(tmp_path: Path, mon
         ("./tiny", "there is no such folder"),
         ("a/b/c", "there is no such folder"),
         ("a--b/c", "is no name of a repository"),
+        ("x" * 300, "is not known"),
+        ("./" + "x" * 300, "there is no such folder"),
     ],
 )
 def test_a_name_that_means_nothing_is_refused_in_one_line_with_the_mend(cache: Path, name: str, part: str) -> None:

@@ -160,10 +160,20 @@ def _text(place: Path) -> str:
 
 
 def _strict_loader() -> Any:
-    """yaml's safe loader, but a key that is there twice in one mapping is an error."""
+    """yaml's safe loader, but a key that is there twice in one mapping is an error, and so is a value not of its own tag."""
     import yaml
 
     class StrictLoader(yaml.SafeLoader):
+        def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep)
+            except (AttributeError, LookupError, TypeError) as error:
+                # yaml's own words for `!!int ""` and the like.
+                kind, value = node.tag.rpartition(":")[2], shown(node.value)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{value} is no {kind}; leave the !!{kind} out", node.start_mark
+                ) from error
+
         def flatten_mapping(self, node: yaml.MappingNode) -> None:
             super().flatten_mapping(node)
             # Merges of merges multiply: nine lines of nine each would be gigabytes.

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imagemill import logfiles, wire
+from imagemill.keeper import Keeper
 from imagemill.records import (
     BatchEnded,
     BatchMade,
@@ -46,7 +47,7 @@ FROM_WORKERS = (WorkerReady, WorkerBeat, BatchMade, BatchEnded, WorkerLost)
 class Link:
     """One worker process and its socket."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, keeper: Keeper) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with contextlib.ExitStack() as stack:
@@ -68,6 +69,8 @@ class Link:
                 stderr=subprocess.STDOUT if spec.log else subprocess.DEVNULL,
                 start_new_session=True,
             )
+        keeper.watch(self.process.pid)
+        self.keeper = keeper
         self.worker = spec.worker
         self.log = spec.log
         self.socket = ours
@@ -109,6 +112,7 @@ class Link:
     def close(self) -> None:
         """End what is left of its group, reap the process and close what we hold of it."""
         self.kill()
+        self.keeper.forget(self.process.pid)
         self.process.wait()
         self.trim_log()
         self.socket.close()
@@ -140,6 +144,7 @@ class ProcessExecutor:
 
     def __init__(self) -> None:
         self._links: dict[int, Link] = {}
+        self._keeper: Keeper | None = None
         self._missed: list[Event] = []
         self._told: set[int] = set()
         self._logs_seen = 0.0
@@ -160,7 +165,8 @@ class ProcessExecutor:
             # What was still to be told of an earlier life would be taken for this one's end.
             self._missed = [event for event in self._missed if _speaker(event) != spec.worker]
             try:
-                link = self._links[spec.worker] = Link(spec)
+                self._keeper = self._keeper or Keeper()
+                link = self._links[spec.worker] = Link(spec, self._keeper)
             except OSError as error:
                 self._missed.append(WorkerLost(spec.worker, message=f"it cannot be started: {error}"))
                 continue
@@ -303,6 +309,8 @@ class ProcessExecutor:
         for link in links:
             link.close()
         self._links.clear()
+        if self._keeper is not None:
+            self._keeper.close()
         self._selector.close()
         self._wake_in.close()
         self._wake_out.close()

@@ -102,5 +102,5 @@ def _model(value: Any, base: Path) -> Any:
     """A model's folder as an absolute path; names and repositories stay."""
     if not isinstance(value, str):
         return value
-    folder = value.startswith((".", "~")) or ("/" in value and (base / value).is_dir())
+    folder = value.startswith((".", "~")) or ("/" in value and os.path.isdir(base / value))
     return _path(value, base) if folder else value

@@ -204,23 +204,32 @@ def read_parquet(stream: BinaryIO, name: str, prompt_column: str | None, base: P
         _refuse_twice(names, name)
         prompt = table_prompt_column(names, prompt_column, name)
         for batch in file.iter_batches(batch_size=PARQUET_BATCH):
-            for values in zip(*(_values(column) for column in batch.columns), strict=True):
+            columns = [
+                _values(column, f"{name}, after row {index}: {of!r}")
+                for of, column in zip(names, batch.columns, strict=True)
+            ]
+            for values in zip(*columns, strict=True):
                 data = dict(zip(names, values, strict=True))
                 yield row_from_mapping(data, index, f"{name}, row {index + 1}", prompt_column=prompt, base=base)
                 index += 1
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{name}, after row {index}: does not read as Parquet: {reason}") from error
 
 
-def _values(column: pa.Array) -> list[Any]:
-    """A column as Python values; times that Python does not have (nanoseconds, the year 10000) as text."""
+def _values(column: pa.Array, place: str) -> list[Any]:
+    """A column as Python values; times that Python does not have (nanoseconds, the year 10000) as text.
+
+    Raises `InputError` for text that is none.
+    """
     import pyarrow as pa
 
     if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
         column = column.cast(pa.string())
     try:
         values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: holds text that is not UTF-8; save it as UTF-8") from error
     except (ValueError, OverflowError):
         values = column.cast(pa.string()).to_pylist()
     return values
