@@ -75,7 +75,7 @@ def measure(bench: throughput.Bench, model: Path, tasks: Path, row: str, batch: 
     settings = place.folder / "judge.yaml"
     settings.write_text(json.dumps({"judge": {"batch_size": batch, "max_new_tokens": bench.options.tokens}}))
     out = place.folder / "out"
-    command = engines.run_command(f"judge:vlm:{model}", tasks, out, place, ["--config", str(settings)])
+    command = engines.run_command(f"judge:vlm:{model}", tasks, out, place, ["--config", str(settings), "--trace"])
     found = engines.measured(lambda log: [engines.popen(command, place, log)], place, out, 0)
     results = [json.loads(line) for line in (out / "results.jsonl").read_text("utf-8").splitlines()]
     answered = [result for result in results if result["state"] == "done"]
@@ -88,8 +88,18 @@ def measure(bench: throughput.Bench, model: Path, tasks: Path, row: str, batch: 
         "tokens": sum(result["answer"]["tokens"] for result in answered),
         "batch_sizes": sorted({result["batch_size"] for result in answered}),
         "seconds": round(last - first, 3),
+        "stages": stages(out / "trace.json"),
     }
     return found
+
+
+def stages(trace: Path) -> dict[str, float]:
+    """Seconds by stage, added up: `prepare` over its threads, the others over the batches."""
+    found: dict[str, float] = {}
+    for event in json.loads(trace.read_text("utf-8")):
+        if event["ph"] == "X":
+            found[event["name"]] = found.get(event["name"], 0.0) + event["dur"] / 1e6
+    return {name: round(seconds, 3) for name, seconds in found.items()}
 
 
 def span(ledger: Path) -> tuple[float, float]:

@@ -29,7 +29,7 @@ from torch._dynamo.utils import counters
 from imagemill.errors import BadModel, BadTask, OutOfMemory, WorkerGone
 from imagemill.families import family
 from imagemill.records import ModelSpec, Span, Task, Tuning
-from imagemill.runners import attention, compiled, real_rotary, tuning, warm_up
+from imagemill.runners import attention, compiled, real_rotary, tuning, vision_windows, warm_up
 from imagemill.runners.adapters import Adapters
 from imagemill.runners.diffusion import DiffusionRunner, create
 from imagemill.runners.merged import Merged
@@ -265,6 +265,7 @@ def test_an_editor_is_warmed_up_with_made_up_pictures(tmp_path: Path) -> None:
     lines = tune(made, Tuning(compile=True, sizes=((64, 64),)))
     assert [line for line in lines if "not warmed up" in line] == []
     assert lines[:2] == ["AutoencoderKLQwenImage: not compiled", "the blocks of QwenImageTransformer2DModel: compiled"]
+    assert made._pipe.text_encoder.config.vision_config._attn_implementation == vision_windows.NAME
     made.unload()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from imagemill.families import Family
 from imagemill.records import Span, Tuning
-from imagemill.runners import Beat, attention, compile_cache, compiled, precision, real_rotary, warm_up
+from imagemill.runners import Beat, attention, compile_cache, compiled, precision, real_rotary, vision_windows, warm_up
 from imagemill.runners.compiled import Compiled
 from imagemill.runners.loading import timed
 
@@ -77,11 +77,14 @@ def compile_parts(
     dynamic: bool | None,
     backend: str,
 ) -> list[str]:
-    """Compile blocks and decoder, and meet all shapes; of several workers one compiles and the others read."""
+    """Compile blocks and decoder, and meet all shapes; of several workers one compiles and the others read. A text encoder
+    that looks at pictures attends to their windows together."""
     started = time.monotonic()
     prepare_cache()
     compiled.raise_limits(len(tuning.sizes), dynamic)
     model, vae = denoiser(pipe), getattr(pipe, "vae", None)
+    if encoder := getattr(pipe, "text_encoder", None):
+        vision_windows.join_windows(encoder)
     blocks = blocks_of(model, dynamic, backend)
     decoder = compiled.compile_decoder(vae, True if len(tuning.sizes) > 1 else None, backend)
     lines = [
