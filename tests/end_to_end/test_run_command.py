@@ -234,7 +234,7 @@ def test_the_sink_none_keeps_no_pictures_but_the_books(place: Workplace) -> None
 
 
 def test_every_run_leaves_its_reports_and_its_logs(place: Workplace) -> None:
-    ended = place.fake(place.tasks(ROWS), "out", "--workers", "2")
+    ended = place.fake(place.tasks(ROWS), "out", "--workers", "2", "--schedule", "static")
     out = place.folder / "out"
     for name in ("results.jsonl", "report.json", "report.md", "report.html", "ledger.sqlite"):
         assert (out / name).stat().st_size > 0
