@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny_judges import qwen2_5_vl, qwen3_vl
+from tiny_judges import qwen2_5_vl, qwen3_vl, random_pictures
 
 from imagemill import Engine, InputError, models, plan, runners
 from imagemill.config import JudgeSettings
@@ -41,14 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Pictures of many shapes."""
-    place = tmp_path_factory.mktemp("pictures")
-    paths = []
-    for number in range(8):
-        size = (56 + 17 * number, 140 - 9 * number, 3)
-        pixels = np.random.default_rng(number).integers(0, 256, size, dtype=np.uint8)
-        Image.fromarray(pixels).save(place / f"{number}.png")
-        paths.append(str(place / f"{number}.png"))
-    return paths
+    sizes = ((140 - 9 * number, 56 + 17 * number) for number in range(8))
+    return random_pictures(tmp_path_factory.mktemp("pictures"), sizes)
 
 
 def spec_of(folder: Path, **settings: Any) -> ModelSpec:

@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny_judges import qwen2_5_vl, qwen3_vl
+from tiny_judges import qwen2_5_vl, qwen3_vl, random_pictures
 
 from imagemill import models, plan, runners
 from imagemill.config import JudgeSettings
@@ -53,12 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    place, paths = tmp_path_factory.mktemp("pictures"), []
-    for number, (width, height) in enumerate(SIZES):
-        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(place / f"{number}.png")
-        paths.append(str(place / f"{number}.png"))
-    return paths
+    return random_pictures(tmp_path_factory.mktemp("pictures"), SIZES)
 
 
 def spec_of(folder: Path, **settings: Any) -> ModelSpec:

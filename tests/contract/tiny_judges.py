@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tiny_editors import qwen_vl
 from tiny_model import TINY
 
@@ -73,6 +75,16 @@ def _qwen3_vl(tokenizer: Any) -> Any:
         for name, word in (("image", "image_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))
     }
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
+
+
+def random_pictures(folder: Path, sizes: Iterable[tuple[int, int]]) -> list[str]:
+    """The paths of PNG files of noise, one for each size (width, height)."""
+    paths = []
+    for number, (width, height) in enumerate(sizes):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        paths.append(str(folder / f"{number}.png"))
+    return paths
 
 
 def write(folder: Path, model_for: Callable[[Any], Any], pictures: dict[str, Any]) -> Path:

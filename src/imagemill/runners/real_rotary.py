@@ -13,19 +13,23 @@ if TYPE_CHECKING:
     import torch
 
 
-class RealRotaryProcessor:
-    """Takes the place of diffusers' `ZSingleStreamAttnProcessor`: the same arithmetic in the same order.
+class Processor:
+    """What diffusers asks of every attention processor: `set_attention_backend` finds and sets `_attention_backend`."""
 
-    `freqs_cis` are (rows, tokens, half a head, 2) cosines and sines, or complex (rows, tokens, half a head) as diffusers
-    hands them. `real_rotary` tells the denoising loop to hand the former. diffusers' `set_attention_backend` finds and
-    sets `_attention_backend`.
-    """
-
-    real_rotary = True
     _parallel_config = None
 
     def __init__(self, attention_backend: Any = None) -> None:
         self._attention_backend = attention_backend
+
+
+class RealRotaryProcessor(Processor):
+    """Takes the place of diffusers' `ZSingleStreamAttnProcessor`: the same arithmetic in the same order.
+
+    `freqs_cis` are (rows, tokens, half a head, 2) cosines and sines, or complex (rows, tokens, half a head) as diffusers
+    hands them. `real_rotary` tells the denoising loop to hand the former.
+    """
+
+    real_rotary = True
 
     def __call__(
         self,
@@ -56,18 +60,13 @@ class RealRotaryProcessor:
         return attn.to_out[1](output) if len(attn.to_out) > 1 else output
 
 
-class RealRotaryQwenProcessor:
+class RealRotaryQwenProcessor(Processor):
     """Takes the place of diffusers' `QwenDoubleStreamAttnProcessor2_0`: the same arithmetic in the same order.
 
     Text and picture are projected and normalised apart, and attend to each other together, the text in front.
     `image_rotary_emb` are the picture's positions and the text's, each (tokens, half a head, 2) cosines and sines, or
     complex (tokens, half a head) as diffusers hands them.
     """
-
-    _parallel_config = None
-
-    def __init__(self, attention_backend: Any = None) -> None:
-        self._attention_backend = attention_backend
 
     def __call__(
         self,
