@@ -172,6 +172,8 @@ def run_row(bench: Bench, row: str, gpus: int, files: dict[str, Path]) -> Measur
         return engines.loop(bench.model, [(files["plain"], count)], place, **how)
     if row == "f" and "loras" not in files:
         raise Unavailable("not available: there are random LoRAs for z-image only")
+    if row == "e" and options.device == "cpu":
+        raise Unavailable("not available: fp8 needs a GPU")
     precision = "fp8" if row == "e" else "bf16"
     place = bench.place(row, precision, gpus)
     extra = engines.options_for(compiled=not options.eager, precision=precision, traced=not options.no_trace)
