@@ -12,11 +12,11 @@ Markdown table.
 from __future__ import annotations
 
 import argparse
-import random
 from collections.abc import Sequence
 
 import parti
 from arguments import numbers
+from schedules import draw
 
 from imagemill.families.z_image import forward_teraflop
 from imagemill.records import Ticket
@@ -44,8 +44,7 @@ def tickets(count: int, load: str, seconds: float) -> list[Ticket]:
 
 def makespan(tasks: Sequence[Ticket], gpus: int, policy: str, start: float, options: argparse.Namespace) -> float:
     """Seconds from the start of the run to the last picture."""
-    dice = random.Random(len(tasks))
-    factors = [max(0.1, dice.gauss(1.0, options.noise)) for _ in tasks]
+    factors = draw(len(tasks), options.noise, seed=len(tasks))
     world = World(
         seconds=lambda ticket, worker: ticket.cost * factors[ticket.seq],
         load_seconds=start,

@@ -385,10 +385,11 @@ class Engine:
         trace: TraceFile | None,
     ) -> Run:
         settings, output, used = self.settings, self.settings.output, book.used()
-        self._progress.begin(sum(ledger.counts().values()) if known else None, hired.labels)
+        counts = ledger.counts() if known else None
+        self._progress.begin(None if counts is None else sum(counts.values()), hired.labels)
         workers = {str(number): {"label": label} for number, label in hired.labels.items()}
         ledger.note_stats({"policy": str(settings.schedule), "workers": workers, **self._tuning()})
-        waiting = sum(count for state, count in ledger.counts().items() if state != "done") if known else None
+        waiting = None if counts is None else sum(counts.values()) - counts.get("done", 0)
         bounds = crew.limits(settings, used, hired.choice, waiting)
         return Run(
             feed=feed,
