@@ -109,8 +109,12 @@ class Started:
         return sorted(found)
 
     def children(self) -> list[int]:
-        """The living processes that the command has started, and theirs; not the keeper, which does no work."""
-        return [pid for pid in self.family() if pid != self.pid and not is_keeper(pid)]
+        """The living processes that the command has started, and theirs; not the keeper, which does no work.
+
+        One that has only been forked still has the command's own words: it may become the keeper, and is not counted.
+        """
+        forked = (b"", _words(self.pid))
+        return [pid for pid in self.family() if pid != self.pid and _words(pid) not in forked and not is_keeper(pid)]
 
     def signal(self, number: int) -> None:
         """To the whole process group, as a terminal does."""
@@ -133,11 +137,16 @@ def _alive(pid: int) -> bool:
     return False
 
 
+def _words(pid: int) -> bytes:
+    """The command line of a process, its words ended by NUL; empty for one that is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 def is_keeper(pid: int) -> bool:
     """Whether the process is the one that ends the workers of a killed driver."""
-    with suppress(OSError):
-        return b"/keeper.py\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return False
+    return b"/keeper.py\0" in _words(pid)
 
 
 def parents() -> dict[int, int]:

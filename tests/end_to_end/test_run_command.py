@@ -296,10 +296,10 @@ def test_isolate_and_more_workers_start_processes_but_never_more_than_tasks(
     options: tuple[str, ...], count: int, place: Workplace, wait_until: Callable[..., Any]
 ) -> None:
     running = place.start_fake(place.tasks(SLOW), "out", *options)
-    wait_until(lambda: has_picture(place) or len(running.children()) == count)
-    assert len(running.children()) == count
+    wait_until(running.children)
     ended = running.wait()
     assert ended.code == 0, ended.text
+    assert len(list((place.folder / "out" / "logs").glob("worker-*.log"))) == count
     assert running.family() == []
     assert set(place.states().values()) == {"done"}
 
