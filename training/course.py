@@ -124,8 +124,11 @@ class Course:
         norm = flat.norm()
         flat *= torch.where(norm.isfinite(), (1 / norm).clamp(max=1.0), 0.0)
         flat = torch.nan_to_num(flat)
-        for weight, piece in zip(self.weights, flat.split([grad.numel() for grad in grads]), strict=True):
-            weight.grad = torch.empty_like(weight).copy_(piece.view(weight.shape))  # in the weight's own memory format
+        kept = [torch.empty_like(weight) for weight in self.weights]  # in the weights' own memory formats
+        pieces = flat.split([grad.numel() for grad in grads])
+        torch._foreach_copy_(kept, [piece.view(grad.shape) for piece, grad in zip(pieces, kept, strict=True)])
+        for weight, grad in zip(self.weights, kept, strict=True):
+            weight.grad = grad
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         decay = min(0.999, (self.step + 1) / (self.step + 10), 1 - 1 / max(20, self.step * 0.1 + 20))

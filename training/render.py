@@ -53,9 +53,12 @@ class Atlas:
             middle = (numbers["top"] + numbers["bottom"]) / 2
             numbers = numbers | {"top": middle, "bottom": middle}
         picture = self.ground(numbers, width * scale, height * scale)
-        for thing in range(MAX_THINGS):
-            layer = self.thing(numbers, thing, width * scale, height * scale, look)
-            picture = layer[:, :3] + picture * (1 - layer[:, 3:])
+        for slot in range(MAX_THINGS):
+            rows = self.rows(numbers["there"][:, slot])
+            if len(rows):
+                layer = self.thing(numbers, slot, rows, width * scale, height * scale, look)
+                over = layer[:, :3] + picture[rows] * (1 - layer[:, 3:])
+                picture = over if len(rows) == len(picture) else picture.index_copy(0, rows, over)
         if scale > 1:
             picture = F.avg_pool2d(picture, scale)
         if look == "pixel-art":
@@ -69,9 +72,9 @@ class Atlas:
         ramp = torch.linspace(0, 1, height, device=self.device, dtype=kind)[None, None, :, None]
         top, bottom = (numbers[name].to(kind)[:, :, None, None] for name in ("top", "bottom"))
         colours = (top + (bottom - top) * ramp).expand(-1, 3, height, width)
-        photo = numbers["photo"]
-        if not bool((photo >= 0).any()):
+        if not bool(numbers["on_photo"].any()):
             return colours
+        photo = numbers["photo"]
         x, y, side, flip = numbers["crop"].to(kind).unbind(1)
         rows, columns = axes(width, height, self.device, kind)
         # axes are in units of the frame's shorter side; the photo's own frame runs from -1 to 1
@@ -81,35 +84,39 @@ class Atlas:
         pixels = F.grid_sample(self.photos[photo.clamp(min=0)], grid, padding_mode="reflection", align_corners=False)
         return torch.where((photo >= 0)[:, None, None, None], pixels, colours)
 
-    def thing(self, numbers: dict[str, Tensor], number: int, width: int, height: int, look: str) -> Tensor:
-        """One thing of each scene as premultiplied RGBA (batch, 4, height, width); empty where there is none."""
+    def rows(self, which: Tensor) -> Tensor:
+        """Where a mask in host memory is true, on the device; nothing waits for the device."""
+        return which.nonzero()[:, 0].to(self.device, non_blocking=True)
+
+    def thing(self, numbers: dict[str, Tensor], slot: int, rows: Tensor, width: int, height: int, look: str) -> Tensor:
+        """One thing of each of these scenes as premultiplied RGBA (rows, 4, height, width)."""
         kind = self.sprites.dtype
-        noun = numbers["noun"][:, number]
-        x, y, size, angle = (numbers[name][:, number].to(kind)[:, None, None] for name in ("x", "y", "size", "angle"))
-        rows, columns = axes(width, height, self.device, kind)
-        across, down = columns[None, None, :] - x, rows[None, :, None] - y
+        picked = numbers["noun"][rows, slot]
+        x, y, size, angle = (numbers[name][rows, slot].to(kind)[:, None, None] for name in ("x", "y", "size", "angle"))
+        down, across = axes(width, height, self.device, kind)
+        across, down = across[None, None, :] - x, down[None, :, None] - y
         turn = angle * (np.pi / 180)
         half = size.clamp(min=0.01) * CANVAS / 2
         u = (across * turn.cos() + down * turn.sin()) / half
         v = (down * turn.cos() - across * turn.sin()) / half
         grid = torch.stack((u, v), -1)
-        picked = noun.clamp(min=0)
         if look == "line-icon":
             ink = F.grid_sample(self.icons[picked][:, None], grid, align_corners=False)
-            dark = luma(numbers["top"]) < 0.45
+            dark = luma(numbers["top"][rows]) < 0.45
             colour = torch.where(dark[:, None], rgb_of(CHALK, self.device), rgb_of(INK, self.device)).to(kind)
-            layer = torch.cat([ink * colour[:, :, None, None], ink], 1)
-        else:
-            layer = F.grid_sample(self.sprites[1 if look == "flat" else 0, picked], grid, align_corners=False)
-            layer = tint(layer, numbers["tint"][:, number].to(kind))
-            if look == "pixel-art":
-                layer = hard(layer)
-        return layer * (noun >= 0)[:, None, None, None]
+            return torch.cat([ink * colour[:, :, None, None], ink], 1)
+        layer = F.grid_sample(self.sprites[1 if look == "flat" else 0, picked], grid, align_corners=False)
+        tinted = self.rows(numbers["tinted"][numbers["there"][:, slot], slot])
+        if len(tinted):
+            painted = tint(layer[tinted], numbers["tint"][rows[tinted], slot].to(kind))
+            layer = layer.index_copy(0, tinted, painted)
+        return hard(layer) if look == "pixel-art" else layer
 
 
 def numbers_of(stages: Sequence[Scene | Stage]) -> dict[str, np.ndarray[Any, Any]]:
     """Scenes as arrays: `noun` (batch, 3) with -1 for none, `x y size angle` alike, `tint` (batch, 3, 3) with -1 for
-    none, `top bottom` (batch, 3), `photo` (batch), `crop` (batch, 4), `mirrored` and `tone` (batch)."""
+    none, `top bottom` (batch, 3), `photo` (batch), `crop` (batch, 4), `mirrored` and `tone` (batch). Booleans say what
+    there is to draw: `there` and `tinted` (batch, 3), `on_photo` (batch)."""
     count = len(stages)
     arrays: dict[str, np.ndarray[Any, Any]] = {
         "noun": np.full((count, MAX_THINGS), -1, np.int64),
@@ -135,12 +142,17 @@ def numbers_of(stages: Sequence[Scene | Stage]) -> dict[str, np.ndarray[Any, Any
                 arrays["crop"][row] = (stage.photo.x, stage.photo.y, stage.photo.side, stage.photo.flip)
             arrays["mirrored"][row] = stage.mirrored
             arrays["tone"][row] = ("", "grayscale", "darker", "brighter").index(stage.tone)
-    return arrays
+    there, tinted = arrays["noun"] >= 0, arrays["tint"][:, :, 0] >= 0
+    return arrays | {"there": there, "tinted": there & tinted, "on_photo": arrays["photo"] >= 0}
 
 
 def on(device: torch.device, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Tensor]:
-    """The arrays as tensors on a device."""
-    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+    """The arrays as tensors on a device; booleans, by which the host decides what to launch, stay in its memory."""
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {
+        name: tensor if tensor.dtype == torch.bool else tensor.to(device, non_blocking=True)
+        for name, tensor in tensors.items()
+    }
 
 
 def axes(width: int, height: int, device: torch.device, kind: torch.dtype) -> tuple[Tensor, Tensor]:
