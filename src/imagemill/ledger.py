@@ -18,6 +18,7 @@ from typing import Any
 from imagemill import wire
 from imagemill.crashpoints import crash_point
 from imagemill.errors import ImagemillError, LedgerError, OutputError
+from imagemill.plan import length
 from imagemill.records import Outcome, PlannedTask, Receipt, Settle, Ticket
 from imagemill.staging import Staging, writing
 
@@ -250,7 +251,7 @@ class Ledger:
     def _row(self, row: Sequence[Any]) -> tuple[PlannedTask, Outcome | None]:
         position, print_, text, needs, group, cost, state, kind, message, attempts, worker, elapsed, receipt = row
         task = wire.task_from_json(text)
-        planned = PlannedTask(task, print_, Ticket(position, tuple(json.loads(needs)), group, cost))
+        planned = PlannedTask(task, print_, Ticket(position, tuple(json.loads(needs)), group, cost, length(task)))
         if state == "pending":
             return planned, None
         made = wire.adapter(Receipt).validate_json(receipt) if receipt else None

@@ -28,6 +28,10 @@ MAX_PATH = 2048
 DEFAULT_SEED = 42
 """The seed of a run that names none; task number i (from 0) then has seed 42 + i."""
 
+LENGTH_CLASS = 64
+"""Bytes of a prompt in one class of lengths: about 16 tokens, of English and of Chinese alike; captions are padded to
+multiples of 32."""
+
 ANSWER_SUFFIX = ".answer"
 """What the output path of a task ends with that gives an answer: a name in the ledger, no file."""
 
@@ -289,8 +293,14 @@ def is_unicode(text: str) -> bool:
 
 def planned(task: Task, seq: int, model: PlannedModel, image_digests: Sequence[str] = ()) -> PlannedTask:
     """The task with its fingerprint and its ticket. `task` is resolved, expanded and its LoRAs have digests."""
-    ticket = Ticket(seq=seq, needs=needs(task), group=model.family.group(task), cost=model.family.cost(task))
+    group, cost = model.family.group(task), model.family.cost(task)
+    ticket = Ticket(seq=seq, needs=needs(task), group=group, cost=cost, length=length(task))
     return PlannedTask(task, fingerprint(task, model.revision, image_digests), ticket)
+
+
+def length(task: Task) -> int:
+    """The class of the prompt's length: a batch of unlike ones is padded to the longest and pays for a mask."""
+    return len(task.prompt.encode("utf-8", "surrogatepass")) // LENGTH_CLASS
 
 
 def needs(task: Task) -> tuple[str, ...]:

@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
@@ -173,17 +174,12 @@ def _best_fit(worker: Worker, board: Board) -> Entry:
     return max(fitting, key=rank)[1]
 
 
-def _mates(head: Entry, board: Board, limit: int) -> Iterator[Entry]:
-    """Others of the bucket, in order of arrival, to fill the batch of `head`."""
+def _mates(head: Entry, board: Board, limit: int) -> list[Entry]:
+    """Others of the bucket to fill the batch of `head`: those nearest to its length, of equals the first to arrive."""
     if limit <= 1:
-        return
-    taken = 1
-    for entry in board.backlog.in_order():
-        if taken >= limit:
-            return
-        if entry is not head and entry.bucket == head.bucket:
-            taken += 1
-            yield entry
+        return []
+    others = (entry for entry in board.backlog.in_order() if entry is not head and entry.bucket == head.bucket)
+    return heapq.nsmallest(limit - 1, others, key=lambda entry: abs(entry.ticket.length - head.ticket.length))
 
 
 class Static:

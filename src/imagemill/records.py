@@ -69,13 +69,15 @@ class Ticket:
     """What the scheduler knows of a task: its place in the order, opaque needs, what may share its batch, its cost.
 
     `needs` are ordered by what it costs to satisfy them, dearest first (model, adapters, shape). `cost` is in seconds on
-    whatever device the estimate was made for; only ratios matter to the scheduler.
+    whatever device the estimate was made for; only ratios matter to the scheduler. Of those that may share a batch, tasks
+    whose `length` is the same share it best.
     """
 
     seq: int
     needs: tuple[str, ...] = ()
     group: str = ""
     cost: float = 1.0
+    length: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from imagemill import wire
 from imagemill.errors import LedgerError, OutputError
-from imagemill.plan import Problem, differences
+from imagemill.plan import Problem, differences, length
 from imagemill.records import PlannedTask, Ticket
 
 MAX_TASK = 512 * 1024
@@ -233,8 +233,9 @@ class Staging:
                 "FROM incoming i LEFT JOIN tasks t USING (id) ORDER BY i.position"
             )
             for position, print_, task, needs, group, cost, state, kind in rows:
-                ticket = Ticket(position, tuple(json.loads(needs)), group, cost)
-                yield PlannedTask(wire.task_from_json(task), print_, ticket), state, kind
+                read = wire.task_from_json(task)
+                ticket = Ticket(position, tuple(json.loads(needs)), group, cost, length(read))
+                yield PlannedTask(read, print_, ticket), state, kind
 
     @writing()
     def apply(self, run: int, *, retry: Sequence[str] = (), again: Iterable[str] = ()) -> None:

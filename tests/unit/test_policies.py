@@ -102,6 +102,12 @@ def test_a_batch_is_filled_from_the_same_bucket_in_order_of_arrival() -> None:
     assert choose(policy, on, 0) == [3, 0, 2]
 
 
+def test_a_batch_is_filled_with_the_nearest_lengths() -> None:
+    policy, on = Dynamic(), board(1, limit=3)
+    arrive(policy, on, [Ticket(seq, length=length) for seq, length in enumerate([1, 9, 2, 1, 9, 8, 1])])
+    assert [choose(policy, on, 0) for _ in range(3)] == [[0, 3, 6], [1, 4, 5], [2]]
+
+
 # --- static -----------------------------------------------------------------------------------------------------------
 
 
