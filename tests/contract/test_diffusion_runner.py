@@ -14,7 +14,7 @@ from tiny_model import LONG, by_whole_call, loaded, picture, pixels, planned, ru
 from imagemill.families import family
 from imagemill.records import ModelSpec
 from imagemill.runners import Cancelled
-from imagemill.runners.diffusion import DiffusionRunner, all_finite, finish, to_levels
+from imagemill.runners.diffusion import DiffusionRunner, adapts_text, all_finite, finish, to_levels
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,28 @@ def test_beats_name_the_stage_and_every_step(runner: DiffusionRunner) -> None:
     assert beats == [("encode", 5, 0, 3), *steps, ("decode", 5, 3, 3)]
     assert set(result.seconds) == {"encode", "denoise", "decode"}
     assert min(result.seconds.values()) > 0
+
+
+def test_text_comes_before_a_change_of_adapters_that_cannot_change_it(
+    runner: DiffusionRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = write_lora(tmp_path)
+    (result,) = run(runner, planned(loras=(lora,)))
+    assert list(result.seconds) == ["encode", "adapters", "denoise", "decode"]
+    monkeypatch.setattr(runner, "_adapts_text", True)
+    (result,) = run(runner, planned())
+    assert list(result.seconds) == ["adapters", "encode", "denoise", "decode"]
+
+
+def test_what_adapters_can_change_is_asked_of_the_pipeline() -> None:
+    from diffusers import FluxPipeline, StableDiffusionXLPipeline, ZImagePipeline
+
+    assert [adapts_text(kind) for kind in (ZImagePipeline, FluxPipeline, StableDiffusionXLPipeline)] == [
+        False,
+        True,
+        True,
+    ]
+    assert adapts_text(object())
 
 
 def test_a_cancel_out_of_a_step_reaches_the_caller_and_leaves_a_working_runner(runner: DiffusionRunner) -> None:

@@ -253,7 +253,7 @@ def test_the_failed_batch_s_tensors_are_let_go_although_its_error_is_kept() -> N
             raise OutOfMemory("no room") from cause
     except OutOfMemory as error:
         assert seen[0]() is not None
-        release(error)
+        release(error, "cpu")
         assert seen[0]() is None
 
 
@@ -262,13 +262,13 @@ def test_a_module_moves_whole_with_its_ties_and_what_is_there_already_stays(monk
     module[1].weight = module[0].weight
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     places = {name: tensor.data_ptr() for name, tensor in module.state_dict().items()}
-    Mover()(module, "cpu")
+    Mover("cpu")(module, "cpu")
     assert {name: tensor.data_ptr() for name, tensor in module.state_dict().items()} == places
     # The only device here is the CPU: a copy stands for a move.
     monkeypatch.setattr(ladder_file, "lies_on", lambda tensor, device: False)
     monkeypatch.setattr(ladder_file, "moved", lambda tensor, device, pinned: tensor.clone())
     with torch.inference_mode():
-        Mover()(module, "cpu")
+        Mover("cpu")(module, "cpu")
     after = module.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert not {tensor.data_ptr() for tensor in after.values()} & set(places.values())
@@ -286,7 +286,7 @@ def test_a_module_waits_in_page_locked_memory_if_twice_its_size_is_free_when_it_
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    roomy, short, mover = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False), Mover()
+    roomy, short, mover = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False), Mover("cpu")
     for part, free in ((roomy, 20), (short, 19), (roomy, 0), (short, 99)):
         monkeypatch.setattr(ladder_file.host_memory, "free", lambda free=free: free)
         mover(part, "cpu")

@@ -49,6 +49,7 @@ class DiffusionRunner:
         self._pipe: Any = None
         self._family: Family | None = None
         self._lane: Lane = HostLane()
+        self._adapts_text = False
         self._need = adapters_need(())
         self._shape = ""
         self._spans: tuple[Span, ...] = ()
@@ -75,6 +76,7 @@ class DiffusionRunner:
             self._pipe, self._family, spans = loaded.pipe, loaded.family, list(loaded.spans)
             self._lane = lane(self.device)
             self._ladder = Ladder(loaded.pipe, self.device, staged=is_staged(loaded.family))
+            self._adapts_text = adapts_text(loaded.pipe)
             self.adapters = choose(self.device, loaded.pipe)
             if spec.tuning.precision == "fp8":
                 self.adapters.hold(loaded.pipe)
@@ -133,7 +135,7 @@ class DiffusionRunner:
                 if not isinstance(classify(error), OutOfMemory):
                     raise
                 if self._land_last():
-                    release(error)
+                    release(error, self.device)
                     continue
                 note = self._ladder.step_down(error, size) if len(members) == 1 else None
                 if note is None:
@@ -153,12 +155,18 @@ class DiffusionRunner:
         tasks = [member.planned.task for member in members]
         seq, count, steps = members[0].planned.ticket.seq, len(members), tasks[0].steps or 0
         lane, stages, size = self._lane, Stages(), (tasks[0].width or 0, tasks[0].height or 0)
-        with ladder.denoising(size):
-            self._apply(tasks[0].loras, stages)
+        if self._adapts_text:
+            with ladder.denoising(size):
+                self._apply(tasks[0].loras, stages)
         with torch.inference_mode():
             beat("encode", seq, 0, steps)
             with ladder.encoding(size), lane.ahead(), lane.stage(stages, "encode"):
                 conditioning = family.encode(self._pipe, tasks, [member.pictures for member in members])
+        if not self._adapts_text:
+            # Text first: a change of adapters is so many launches that the device would run dry before the text's.
+            with ladder.denoising(size):
+                self._apply(tasks[0].loras, stages)
+        with torch.inference_mode():
             with ladder.denoising(size), lane.stage(stages, "denoise"):
                 latents = family.denoise(
                     self._pipe, tasks, conditioning, lambda step, steps: beat("denoise", seq, step, steps)
@@ -293,6 +301,11 @@ def is_staged(family: Family) -> bool:
     from imagemill.families.generic import TextToImage
 
     return getattr(type(family), "denoise", None) is not TextToImage.denoise
+
+
+def adapts_text(pipe: Any) -> bool:
+    """Whether an adapter can change what the pipeline's text encoders make of a prompt; one that does not say may."""
+    return any(name.startswith("text_encoder") for name in getattr(pipe, "_lora_loadable_modules", ("text_encoder",)))
 
 
 def to_levels(pictures: torch.Tensor) -> torch.Tensor:

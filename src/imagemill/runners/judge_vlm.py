@@ -195,7 +195,7 @@ class VisionLanguageRunner(Untold):
             fault: BaseException = error
             if isinstance(error, Exception) and isinstance(classify(error), OutOfMemory):
                 fault = OutOfMemory(str(classify(error)))  # the error itself holds the batch's tensors
-                release(error)
+                release(error, self.device)
             for place in places.values():
                 if not place.done():
                     place.set_exception(fault)

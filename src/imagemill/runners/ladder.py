@@ -72,7 +72,7 @@ class Ladder:
         self.device = device
         self.label = label or os.environ.get(LABEL_VARIABLE) or device
         self.staged = staged
-        self._move = move or Mover()
+        self._move = move or Mover(device)
         self._taken: set[Step] = set()
         self._tiled_from: int | None = None
         self._stage: Stage = "denoise"
@@ -104,7 +104,7 @@ class Ladder:
         The result is a line for the log and the report; None when nothing is left to give up. The frames of `error` are
         emptied, since their variables hold the batch's tensors.
         """
-        release(error)
+        release(error, self.device)
         step = next((step for step in self._helpful() if self._possible(step, size)), None)
         if step is None:
             return None
@@ -193,7 +193,7 @@ def tensors(part: Any) -> Iterator[torch.Tensor]:
     yield from part.buffers()
 
 
-def release(error: BaseException) -> None:
+def release(error: BaseException, device: str) -> None:
     """Give the device's memory back that the batch which ended with this error held."""
     import torch
 
@@ -203,20 +203,29 @@ def release(error: BaseException) -> None:
         traceback.clear_frames(cause.__traceback__)
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    finish(device)
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def finish(device: str) -> None:
+    """Wait for what a GPU was told to do. Without its name torch would wait for, and first open, the machine's first."""
+    import torch
+
+    if device.startswith("cuda") and torch.cuda.is_initialized():
+        torch.cuda.synchronize(device)
 
 
 # --- moves ------------------------------------------------------------------------------------------------------------
 
 
 class Mover:
-    """Moves modules, and remembers which of them have page-locked memory to come back to: torch keeps it for them."""
+    """Moves modules between main memory and one device, and remembers which of them have page-locked memory to come back
+    to: torch keeps it for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self._device = device
         self._pinned: dict[int, bool] = {}
 
     def __call__(self, part: Any, device: str) -> None:
@@ -229,8 +238,7 @@ class Mover:
 
         if all(lies_on(tensor, device) for tensor in tensors(part)):
             return
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        finish(self._device)
         pinned = device == "cpu" and self._page_locked(part)
         # A tensor made in inference mode could not be put into a parameter.
         with torch.inference_mode(False), torch.no_grad():

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 REANCHOR = 0.05
 """Seconds by which the device's clock and the host's may differ before they are set against each other anew."""
 
+LAGS = 16
+"""Batches whose end was read too late, all of them, before the clocks are to blame and not the savers who read it."""
+
 
 @dataclass(slots=True)
 class Stages:
@@ -98,6 +101,7 @@ class CudaLane:
         self._anchor = self._event(self._main)
         self._anchor.synchronize()
         self._anchored = time.monotonic()
+        self._drift = Drift()
 
     def _event(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         event = self._torch.cuda.Event(enable_timing=True)
@@ -142,15 +146,33 @@ class CudaLane:
         now = time.monotonic()
         with self._lock:
             anchor, anchored = self._anchor, self._anchored
-            ended = anchored + anchor.elapsed_time(token) / 1000
-            if abs(now - ended) > REANCHOR or ended > now:
-                anchored += now - ended
+            anchored += self._drift.by(now - (anchored + anchor.elapsed_time(token) / 1000))
             found = [
                 (name, anchored + anchor.elapsed_time(begin) / 1000, begin.elapsed_time(end) / 1000)
                 for name, begin, end in stages.marks
             ]
             self._anchor, self._anchored = token, anchored + anchor.elapsed_time(token) / 1000
         return found
+
+
+class Drift:
+    """Tells the drift of two clocks from readings that come late: nothing is read before it happened, and of `LAGS`
+    readings one should have been read at once."""
+
+    def __init__(self) -> None:
+        self._lags: list[float] = []
+
+    def by(self, lag: float) -> float:
+        """How far to move the device's clock, after another reading came so many seconds after the moment it tells of."""
+        if lag < 0:
+            self._lags.clear()
+            return lag
+        self._lags.append(lag)
+        if len(self._lags) < LAGS:
+            return 0.0
+        least = min(self._lags)
+        self._lags.clear()
+        return least if least > REANCHOR else 0.0
 
 
 def lane(device: str) -> Lane:
