@@ -59,23 +59,23 @@ class Place:
 
 @dataclass(slots=True)
 class Measured:
-    """A run that ended well: when its command began, when each picture was written (ordered), what NVML saw, and the same
-    times by worker."""
+    """A run that ended well: when its command began, when each picture was written (ordered), what NVML saw, and when each
+    worker had written its first batch."""
 
     begun: float
     written: list[float]
     samples: list[meter.Sample] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
-    by_worker: list[list[float]] = field(default_factory=list)
+    openings: list[float] = field(default_factory=list)
 
     @property
     def first(self) -> float:
-        """When every worker had made its first picture. Workers load one after another; that is no steady state."""
-        return max((min(times) for times in self.by_worker if times), default=self.written[0])
+        """When every worker had written its first batch: before, some load, and the first batch's pictures are computed."""
+        return max(self.openings, default=self.written[0])
 
     @property
     def images_per_second(self) -> float | None:
-        """From the first picture (of the last worker to make one) to the last picture; None with fewer than two."""
+        """From the first batch (of the last worker to make one) to the last picture; None with none in between."""
         span = self.written[-1] - self.first
         return sum(moment > self.first for moment in self.written) / span if span > 0 else None
 
@@ -172,7 +172,8 @@ def loop(
     read = [json.loads(marks.with_suffix(f".{rank}.json").read_text()) for rank in range(processes)]
     stages = ("started", "imported", "loaded", "warmed")
     found.details["start"] = {stage: round(read[0][stage] - found.begun, 2) for stage in stages if stage in read[0]}
-    found.by_worker = [[moment for job in mark["jobs"] for moment in job["written"]] for mark in read]
+    ranks = [[moment for job in mark["jobs"] for moment in job["written"]] for mark in read]
+    found.openings = [min(times) for times in ranks if times]
     if "allocated" in read[0]:
         found.details["allocated_gib"] = round(max(mark["allocated"] for mark in read) / meter.GIB, 2)
     return found
@@ -194,7 +195,7 @@ def imagemill(model: str, tasks: Path, count: int, place: Place, extra: Sequence
     found = measured(lambda log: [popen(run_command(model, tasks, out, place, extra), place, log)], place, out, count)
     report = json.loads((out / "report.json").read_text())["runs"][-1]
     moments = times(out)
-    found.by_worker = by_worker(out / "results.jsonl", moments)
+    found.openings = openings(out / "results.jsonl", moments)
     names = ("workers", "stats", "steady_pictures_per_second")
     found.details["report"] = {name: report[name] for name in names if name in report}
     for path in (*out.rglob("*trace*.json"), *out.rglob("*trace*.json.gz")):
@@ -202,13 +203,13 @@ def imagemill(model: str, tasks: Path, count: int, place: Place, extra: Sequence
     return found
 
 
-def by_worker(results: Path, moments: Mapping[str, float]) -> list[list[float]]:
-    """The times of the pictures, one list a worker, by what `results.jsonl` says of them."""
-    found: dict[int, list[float]] = {}
+def openings(results: Path, moments: Mapping[str, float]) -> list[float]:
+    """When each worker had written its first batch, by what `results.jsonl` says of its pictures."""
+    found: dict[int, list[tuple[float, int]]] = {}
     for line in results.read_text("utf-8").splitlines():
         row = json.loads(line)
-        found.setdefault(row["worker"], []).append(moments[row["path"]])
-    return list(found.values())
+        found.setdefault(row["worker"], []).append((moments[row["path"]], row["batch_size"]))
+    return [sorted(pictures)[min(pictures)[1] - 1][0] for pictures in found.values()]
 
 
 def run_command(model: str, tasks: Path, out: Path, place: Place, extra: Sequence[str]) -> list[str]:

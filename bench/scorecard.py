@@ -48,12 +48,18 @@ def entry(*, note: str = "", details: Mapping[str, Any] | None = None, **figures
 def rated(entries: Sequence[Entry]) -> list[Entry]:
     """The entries with the ratio to row (a) of the same model, size and machine filled in, null where that is missing.
 
-    A machine is one boot of one machine: figures of two are never compared.
+    A machine is one boot of one machine: figures of two are never compared. Of several rows (a) the first that was measured
+    with as many tasks counts, else the first.
     """
-    base = {_run(one): one["images_per_second"] for one in entries if one["row"] == BASELINE}
+    base: dict[tuple[object, ...], float] = {}
+    for one in entries:
+        if one["row"] == BASELINE and one["images_per_second"]:
+            for key in (_run(one), (*_run(one), one["details"].get("tasks"))):
+                base.setdefault(key, one["images_per_second"])
     found = []
     for one in entries:
-        slow, rate = base.get(_run(one)), one["images_per_second"]
+        slow = base.get((*_run(one), one["details"].get("tasks")), base.get(_run(one)))
+        rate = one["images_per_second"]
         judges = str(one["row"]).startswith("judge")
         ratio = rate / slow if rate and slow and not judges else None
         found.append(one | {"ratio_to_diffusers_loop": ratio and round(ratio, 3)})

@@ -14,13 +14,13 @@ its own. A row that fails is reported with its error, one whose option is missin
 is a list in the form of docs/benchmarks.json, written after every row and appended to by later commands; ratios are taken
 only between rows of one boot of one machine.
 
-pictures/s      from the first picture to the last, by the times of the files; on several GPUs from the moment each of
-                them has made its first
+pictures/s      from the first batch to the last picture, by the times of the files; on several GPUs from the moment each
+                of them has made its first
 of the ceiling  counted operations of all stages (operations.py) over the matrix ceiling measured first (ceiling.py)
 first picture   seconds from the command to the first file; the page cache is warm, since the model was just written or read
 peak            the most GPU memory in use by all processes of a GPU together, by NVML
-GPU idle        between first and last picture: 1 - mean NVML utilisation, or the trace's where NVML gives no samples;
-                `details` says which, and holds both
+GPU idle        between first and last picture: 1 - mean NVML utilisation, or the trace's where NVML gives no samples (a
+                lower bound: a stage counts from its first launch on); `details` says which, and holds both
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,8 @@ def run_row(bench: Bench, row: str, gpus: int, files: dict[str, Path]) -> Measur
         raise Unavailable("not available: there are random LoRAs for z-image only")
     if row == "e" and options.device == "cpu":
         raise Unavailable("not available: fp8 needs a GPU")
+    if row == "e" and find_spec("torchao") is None:
+        raise Unavailable("not available: fp8 needs torchao (pip install 'imagemill[fp8]')")
     precision = "fp8" if row == "e" else "bf16"
     place = bench.place(row, precision, gpus)
     extra = engines.options_for(compiled=not options.eager, precision=precision, traced=not options.no_trace)

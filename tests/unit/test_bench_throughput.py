@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ import parti  # noqa: E402
 import scaling  # noqa: E402
 import scaling_simulated  # noqa: E402
 import scorecard  # noqa: E402
+import throughput  # noqa: E402
 import traces  # noqa: E402
 from arguments import arguments_of  # noqa: E402
 
@@ -70,6 +72,22 @@ def test_figures_are_appended_and_compared_with_the_loop_of_the_same_machine_and
         entries = scorecard.add(path, one)
     assert [one["ratio_to_diffusers_loop"] for one in entries] == [2.0, 1.0, None, 4.0, None, None]
     assert scorecard.read(path) == entries
+
+
+def test_a_later_loop_takes_no_ratio_away_and_changes_none(tmp_path: Path) -> None:
+    path = tmp_path / "f.json"
+    for one, tasks in (
+        (figures("a", 0.5), 48),
+        (figures("d", 1.0), 48),
+        (figures("a", None), 48),
+        (figures("a", 0.4), 8),
+    ):
+        one["details"]["tasks"] = tasks
+        entries = scorecard.add(path, one)
+    assert [one["ratio_to_diffusers_loop"] for one in entries] == [1.0, 2.0, None, 1.0]
+    last = figures("d", 1.0)
+    last["details"]["tasks"] = 8
+    assert scorecard.add(path, last)[-1]["ratio_to_diffusers_loop"] == 2.5
 
 
 def test_a_file_of_other_things_is_refused(tmp_path: Path) -> None:
@@ -153,14 +171,36 @@ def test_mixed_tasks_have_sizes_that_the_models_take() -> None:
     assert sizes == {(1024, 1024), (768, 1024), (512, 1024), (1024, 768)}
 
 
+def test_fp8_without_torchao_is_not_available(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(throughput, "find_spec", lambda name: None)
+    bench = throughput.Bench(SimpleNamespace(tasks=1, device="cuda"), tmp_path, {}, 0.0)
+    with pytest.raises(engines.Unavailable, match="torchao"):
+        throughput.run_row(bench, "e", 1, {"plain": tmp_path})
+
+
 # --- steady state and idle time ---------------------------------------------------------------------------------------
 
 
 def test_the_rate_counts_from_the_first_picture_of_the_last_worker() -> None:
     assert engines.Measured(0.0, [10.0, 11.0, 12.0]).images_per_second == 1.0
-    two = engines.Measured(0.0, [10.0, 11.0, 12.0, 12.5, 13.0], by_worker=[[10.0, 11.0, 12.0, 13.0], [12.5]])
+    two = engines.Measured(0.0, [10.0, 11.0, 12.0, 12.5, 13.0], openings=[10.0, 12.5])
     assert two.images_per_second == 2.0
     assert engines.Measured(0.0, [10.0]).images_per_second is None
+
+
+def test_what_was_computed_before_the_first_batch_was_written_does_not_count(tmp_path: Path) -> None:
+    """A batch of four a second; its pictures are written one after another."""
+    moments = {
+        f"{worker}-{number}.png": 10.0 + number // 4 + number % 4 / 100 for worker in (0, 1) for number in range(48)
+    }
+    lines = [json.dumps({"worker": int(path[0]), "path": path, "batch_size": 4}) for path in moments]
+    for workers in (1, 2):
+        (tmp_path / "results.jsonl").write_text("\n".join(lines[: 48 * workers]))
+        opened = engines.openings(tmp_path / "results.jsonl", moments)
+        assert opened == [10.03] * workers
+        written = sorted(list(moments.values())[: 48 * workers])
+        rate = engines.Measured(0.0, written, openings=opened).images_per_second
+        assert rate == pytest.approx(4.0 * workers)
 
 
 def test_idle_time_is_taken_between_the_first_and_the_last_picture() -> None:
