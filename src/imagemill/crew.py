@@ -16,6 +16,7 @@ from imagemill.intake import Models
 from imagemill.policies import Worker
 from imagemill.records import LABEL_VARIABLE, ModelSpec, WorkerSpec
 from imagemill.runners import compile_cache
+from imagemill.runners.adapter_cost import NEIGHBOURS_VARIABLE
 from imagemill.schedule import Limits
 from imagemill.spread import spread
 from imagemill.staging import Shape
@@ -108,13 +109,14 @@ def hire(choice: Choice, settings: Settings, first: ModelSpec, log_folder: Path)
         # The device's number counts as nvidia-smi does only so, and only before CUDA starts.
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     cache = compile_cache.environment() if first.tuning.compile else {}
+    shared = {**cache, NEIGHBOURS_VARIABLE: str(len(choice.devices))}
     specs = {
         number: WorkerSpec(
             worker=number,
             device=device.inline_device if alone else device.torch_device,
             label=device.label,
             model=first,
-            environment={**cache, **device.environment, LABEL_VARIABLE: device.label},
+            environment={**shared, **device.environment, LABEL_VARIABLE: device.label},
             log="" if alone else str(log_folder / f"worker-{number}.log"),
             log_level=settings.logging.level,
             ahead=device.torch_device.startswith("cuda"),
@@ -125,12 +127,12 @@ def hire(choice: Choice, settings: Settings, first: ModelSpec, log_folder: Path)
 
 
 def tune(
-    settings: Settings, book: Models, shapes: Iterable[Shape] | None, total: int | None
+    settings: Settings, book: Models, shapes: Iterable[Shape] | None, total: int | None, kept: bool = False
 ) -> dict[str, tuning_choice.Choice]:
-    """Choose how the models are made fast, by the whole run of `total` tasks, and tell the book."""
+    """Choose how the models are made fast, by the whole run of `total` tasks, and tell the book; `kept` as for `choices`."""
     whole = choose(settings, book.used(), None if total is None else max(1, total)).devices
     cuda, free = on_cuda(whole), min(device.free for device in whole)
-    found = tuning_choice.choices(settings, book.used(), shapes, len(whole), cuda, free, whole[0].name)
+    found = tuning_choice.choices(settings, book.used(), shapes, len(whole), cuda, free, whole[0].name, kept)
     book.tune({name: one.tuning for name, one in found.items()})
     return found
 

@@ -310,7 +310,7 @@ class Engine:
         if self._crew is None and choice is None:
             return {}
         if self._crew is None or self._crew.early:
-            return crew.tune(self.settings, book, shapes, total)
+            return crew.tune(self.settings, book, shapes, total, kept=self._keep)
         book.tune({name: one.tuning for name, one in self._crew.tuned.items()})
         return self._crew.tuned
 

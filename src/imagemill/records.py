@@ -98,7 +98,9 @@ class Tuning:
     """How a diffusion model is made fast on a GPU. Only `precision` is part of the model's revision.
 
     `compile` compiles the repeated blocks and the VAE's decoder, warmed up for pictures of `sizes` (width, height) in
-    batches of `batch`. `precision` is `bf16` or `fp8`. `attention` names a back end of diffusers, or is `auto`.
+    batches of `batch`, with and without classifier-free guidance as `guided` lists (empty: as the family's defaults have
+    it). `precision` is `bf16` or `fp8`. `attention` names a back end of diffusers, or is `auto`. Without `adapters` fp8 keeps
+    no weights to merge adapters into, and those that come all the same are layers.
     """
 
     compile: bool = False
@@ -106,6 +108,8 @@ class Tuning:
     attention: str = "auto"
     sizes: tuple[tuple[int, int], ...] = ()
     batch: int = 1
+    guided: tuple[bool, ...] = ()
+    adapters: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from typing import Any
 
 from imagemill import wire
 from imagemill.errors import LedgerError, OutputError
-from imagemill.plan import Problem, differences, length
+from imagemill.guidance import Guidance, guidance
+from imagemill.plan import Problem, adapters_need, differences, length
 from imagemill.records import PlannedTask, Ticket
 
 MAX_TASK = 512 * 1024
@@ -29,7 +30,7 @@ DROP TABLE IF EXISTS temp.incoming;
 CREATE TEMP TABLE incoming (
     position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, fingerprint TEXT NOT NULL, task TEXT NOT NULL,
     needs TEXT NOT NULL, batch_group TEXT NOT NULL, cost REAL NOT NULL, path TEXT NOT NULL,
-    path_key TEXT NOT NULL UNIQUE, place TEXT NOT NULL);
+    path_key TEXT NOT NULL UNIQUE, place TEXT NOT NULL, guidance TEXT NOT NULL);
 """
 
 
@@ -52,12 +53,17 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Staged tasks of one model and one shape (the first and the last of their needs); `cost` is that of all together."""
+    """Staged tasks of one model and one shape (the first and the last of their needs); `cost` is that of all together.
+
+    `guidance` are the kinds there are among them, `adapters` says whether any has one.
+    """
 
     model: str
     shape: str
     tasks: int
     cost: float
+    guidance: tuple[Guidance, ...] = ()
+    adapters: bool = False
 
 
 @contextmanager
@@ -112,9 +118,10 @@ class Staging:
             return Problem(
                 "metadata", f"the row has {len(text):,} bytes; at most {MAX_TASK:,} are taken, leave columns out"
             )
+        kind = json.dumps(guidance(task.guidance_scale, task.true_cfg_scale, task.negative_prompt))
         values = (ticket.seq, task.id, planned.fingerprint, text.decode(), json.dumps(ticket.needs))
-        values += (ticket.group, ticket.cost, path, path.casefold(), place)  # type: ignore[assignment]
-        cursor = self._db.execute("INSERT OR IGNORE INTO incoming VALUES (?,?,?,?,?,?,?,?,?,?)", values)
+        values += (ticket.group, ticket.cost, path, path.casefold(), place, kind)  # type: ignore[assignment]
+        cursor = self._db.execute("INSERT OR IGNORE INTO incoming VALUES (?,?,?,?,?,?,?,?,?,?,?)", values)
         if cursor.rowcount == 1:
             return None
         other = self._db.execute("SELECT place FROM incoming WHERE id = ?", (task.id,)).fetchone()
@@ -163,11 +170,14 @@ class Staging:
         """What is staged, counted by model and shape: all of it, done or not."""
         with staged():
             rows = self._db.execute(
-                "SELECT json_extract(needs, '$[0]') AS model, json_extract(needs, '$[2]') AS shape, count(*), sum(cost) "
-                "FROM incoming GROUP BY model, shape ORDER BY model, count(*) DESC, shape"
+                "SELECT json_extract(needs, '$[0]') AS model, json_extract(needs, '$[2]') AS shape, count(*), sum(cost), "
+                "group_concat(DISTINCT guidance), max(ifnull(json_extract(needs, '$[1]') != ?, 1)) "
+                "FROM incoming GROUP BY model, shape ORDER BY model, count(*) DESC, shape",
+                (adapters_need(()),),
             )
-            for row in rows:
-                yield Shape(*row)
+            for model, shape, tasks, cost, kinds, adapters in rows:
+                found = tuple(Guidance(*kind) for kind in json.loads(f"[{kinds}]"))
+                yield Shape(model, shape, tasks, cost, found, bool(adapters))
 
     @staged()
     def conflicts(self, run: int) -> list[str]:

@@ -13,6 +13,7 @@ from imagemill import batching
 from imagemill.config import Settings
 from imagemill.config.settings import FP8_ON_CPU
 from imagemill.errors import ConfigError
+from imagemill.guidance import guidance
 from imagemill.models import Model
 from imagemill.records import Tuning
 from imagemill.staging import Shape
@@ -28,7 +29,8 @@ COMPILE_SECONDS = {"bf16": 43.0, "fp8": 62.0}
 """Repeated blocks and the VAE's decoder with nothing in the cache, on an H100 with 16 CPU cores; fp8 takes 1.44 times as long as
 bf16, measured beside it on another machine."""
 BATCH_SECONDS = {"bf16": 21.0, "fp8": 30.0}
-"""More for batches: blocks for one picture and for several are compiled apart."""
+"""More for batches, or where tasks come both with guidance and without: blocks for one row and for several are compiled
+apart. Guidance makes two rows of a picture, and those of a batch serve it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,8 @@ def compile_seconds(tuning: Tuning) -> float:
     """What compiling takes at most; 0 without."""
     if not tuning.compile:
         return 0.0
-    return COMPILE_SECONDS[tuning.precision] + (BATCH_SECONDS[tuning.precision] if tuning.batch > 1 else 0.0)
+    apart = tuning.batch > 1 or len(tuning.guided) > 1
+    return COMPILE_SECONDS[tuning.precision] + (BATCH_SECONDS[tuning.precision] if apart else 0.0)
 
 
 def check(settings: Settings, on_cuda: bool) -> None:
@@ -107,13 +110,21 @@ def choose(
     on_cuda: bool,
     known: Figures | None,
     batch: int = 1,
+    guided: tuple[bool, ...] = (),
+    adapters: bool = True,
 ) -> Choice:
     """Whether to compile, for which of the sizes (width, height; the most frequent first), and why.
 
-    `pictures` are those of the whole run, done and to do; None when nobody knows. `batch` is the largest batch.
+    `pictures` are those of the whole run, done and to do; None when nobody knows. `batch` is the largest batch. `guided` and
+    `adapters` are those of `Tuning`.
     """
     bare = Tuning(
-        precision=settings.precision, attention=settings.attention, sizes=tuple(sizes[:MOST_SIZES]), batch=batch
+        precision=settings.precision,
+        attention=settings.attention,
+        sizes=tuple(sizes[:MOST_SIZES]),
+        batch=batch,
+        guided=guided,
+        adapters=adapters,
     )
     made = replace(bare, compile=True)
     if settings.compile != "auto":
@@ -145,11 +156,13 @@ def choices(
     on_cuda: bool,
     free: int | None = None,
     device: str = "",
+    kept: bool = False,
 ) -> dict[str, Choice]:
     """The choice for each diffusion model of a run by its name; others have nothing to tune.
 
     `shapes` are those of all staged tasks, None for a source that is read as it is needed. `workers` are as many as the
-    whole run would get, `device` is the name of theirs, `free` the bytes of the one that has the fewest.
+    whole run would get, `device` is the name of theirs, `free` the bytes of the one that has the fewest. `kept` says that
+    they may get other tasks later.
     """
     staged = None if shapes is None else list(shapes)
     found = {}
@@ -164,8 +177,22 @@ def choices(
         known = Figures(sum(shape.cost for shape in own) / count, measured) if count else None
         batch = max((rule.at(size) for size in sizes[:MOST_SIZES]), default=1)
         pictures = None if staged is None else count
-        found[model.spec.name] = choose(settings, sizes, pictures, workers, on_cuda, known, batch)
+        guided, adapters = _guided(settings, model, own), kept or not own or any(shape.adapters for shape in own)
+        found[model.spec.name] = choose(settings, sizes, pictures, workers, on_cuda, known, batch, guided, adapters)
     return found
+
+
+def _guided(settings: Settings, model: Model, own: Sequence[Shape]) -> tuple[bool, ...]:
+    """Whether guidance runs in the model's tasks, once for each answer there is; of one that names none where they are not
+    known."""
+    usual = model.planned.defaults
+    expected = guidance(
+        usual.guidance_scale if settings.guidance is None else settings.guidance,
+        usual.true_cfg_scale if settings.true_cfg_scale is None else settings.true_cfg_scale,
+        usual.negative_prompt if settings.negative_prompt is None else settings.negative_prompt,
+    )
+    kinds = {kind for shape in own for kind in shape.guidance} or {expected}
+    return tuple(sorted({kind.runs(model.planned.family) for kind in kinds}))
 
 
 def _expected(settings: Settings, model: Model) -> tuple[tuple[int, int], ...]:

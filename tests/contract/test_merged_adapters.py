@@ -20,15 +20,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import SPEC, Pixels, loaded, no_beat, picture, write_lora
 
+from imagemill import crew, devices
+from imagemill.config import Settings
 from imagemill.errors import BadTask
 from imagemill.records import Lora
-from imagemill.runners.adapter_cost import HEADROOM, adapter_mode, break_even
+from imagemill.runners.adapter_cost import HEADROOM, NEIGHBOURS_VARIABLE, adapter_mode, break_even
 from imagemill.runners.adapters import Adapters, adapter_layers, choose
 from imagemill.runners.ahead import Ahead
 from imagemill.runners.diffusion import DiffusionRunner, create
 from imagemill.runners.kept_base import KeptBase, Pinned, merge
 from imagemill.runners.lora_factors import NotMergeable, Part, converted, fitted, packed, unpacked
-from imagemill.runners.merged import Merged
+from imagemill.runners.merged import Merged, mergeable_bytes
 from imagemill.runners.shelf import Shelf
 
 Make = Callable[..., Lora]
@@ -383,12 +385,38 @@ def test_the_way_is_chosen_by_device_and_room_alone() -> None:
     assert adapter_mode("cuda:0", 12 * gib, 80 * gib, 24 * gib, forwards=3) == "layers"
     assert adapter_mode("cuda:0", 12 * gib, HEADROOM, 24 * gib, forwards=16) == "layers"
     assert adapter_mode("cpu", gib, 0, 0, force="merged") == "merged"
+    # 41 GiB of weights, no room for them on the device, 100 GiB of main memory free
+    assert adapter_mode("cuda:0", 41 * gib, HEADROOM, 100 * gib) == "merged_from_host"
+    assert adapter_mode("cuda:0", 41 * gib, HEADROOM, 100 * gib, neighbours=4) == "layers"
+    assert adapter_mode("cuda:0", 41 * gib, HEADROOM, 328 * gib, neighbours=4) == "merged_from_host"
+    assert adapter_mode("cuda:0", 41 * gib, 41 * gib + HEADROOM, 100 * gib, neighbours=4) == "merged"
     assert 0 == break_even("layers") < break_even("merged") < 8 < break_even("merged_from_host") < 32
 
 
 def test_choose_takes_layers_on_the_cpu_unless_forced(runner: DiffusionRunner) -> None:
     assert isinstance(choose("cpu", runner._pipe), Adapters)
     assert isinstance(choose("cpu", runner._pipe, force="merged"), Merged)
+
+
+@pytest.mark.parametrize(("neighbours", "kind"), [(None, Merged), ("2", Merged), ("3", Adapters)])
+def test_workers_of_one_host_share_what_is_free_of_its_memory(
+    runner: DiffusionRunner, monkeypatch: pytest.MonkeyPatch, neighbours: str | None, kind: type
+) -> None:
+    free = 4 * mergeable_bytes(runner._pipe)
+    monkeypatch.setattr("imagemill.devices.host_memory", lambda: (free, free))
+    monkeypatch.setattr("imagemill.runners.merged.device_free", lambda device: 0)
+    monkeypatch.delenv(NEIGHBOURS_VARIABLE, raising=False)
+    if neighbours:
+        monkeypatch.setenv(NEIGHBOURS_VARIABLE, neighbours)
+    assert type(choose("cuda:0", runner._pipe)) is kind
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_worker_of_a_run_is_told_how_many_there_are(workers: int, tmp_path: Path) -> None:
+    hired = crew.hire(devices.choose(device="cpu", workers=workers), Settings(), SPEC, tmp_path)
+    told = [spec.environment[NEIGHBOURS_VARIABLE] for spec in hired.specs.values()]
+    hired.executor.close()
+    assert told == [str(workers)] * workers
 
 
 def test_a_base_of_which_only_one_module_was_asked_for_restores_that_one() -> None:

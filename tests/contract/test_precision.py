@@ -16,7 +16,8 @@ from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, P
 
 from imagemill.errors import BadModel
 from imagemill.records import ModelSpec, Tuning
-from imagemill.runners import precision, tuning
+from imagemill.runners import diffusion, precision, tuning
+from imagemill.runners.adapters import adapter_layers
 from imagemill.runners.diffusion import DiffusionRunner, create
 from imagemill.runners.merged import Merged
 
@@ -164,3 +165,29 @@ def test_adapters_merge_into_quantised_weights_from_the_weights_held_before(
     assert not torch.equal(layer.weight.dequantize(), rounded)
     assert np.array_equal(picture(runner), bare)
     assert torch.equal(layer.weight.dequantize(), rounded)
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_fp8_holds_the_weights_it_had_only_where_the_run_names_adapters(
+    adapters: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    rounding = precision.quantise
+    monkeypatch.setattr(precision, "refuse_without_float8", lambda device: None)
+    monkeypatch.setattr(precision, "quantise", lambda model: rounding(model, Float8WeightOnlyConfig()))
+    monkeypatch.setattr(diffusion, "choose", lambda device, pipe: Merged(pipe))
+    made, threads = create("cpu", 1), torch.get_num_threads()
+    wanted = Tuning(precision="fp8", attention="native", adapters=adapters)
+    made.load(ModelSpec(name="tiny", folder=SPEC.folder, dtype="bfloat16", tuning=wanted), no_beat)
+    layer = made._pipe.transformer.layers[0].attention.to_q
+    assert precision.is_quantised(layer)
+    assert isinstance(made.adapters, Merged)
+    assert made.adapters._base.has("layers.0.attention.to_q", layer) is adapters
+    # One that comes all the same, to an engine that was kept, is put on as layers.
+    bare, lora = picture(made), write_lora(tmp_path)
+    worn = picture(made, lora)
+    assert not np.array_equal(worn, bare)
+    assert any(True for _ in adapter_layers(made._pipe)) is not adapters
+    assert np.array_equal(picture(made), bare)
+    assert np.array_equal(picture(made, lora), worn)
+    made.unload()
+    torch.set_num_threads(threads)

@@ -26,8 +26,10 @@ from tiny_editors import qwen
 from tiny_model import LONG, SPEC, by_whole_call, no_beat, picture, pixels, planned, run, write_lora
 from torch._dynamo.utils import counters
 
+from imagemill import plan
 from imagemill.errors import BadModel, BadTask, OutOfMemory, WorkerGone
 from imagemill.families import family
+from imagemill.guidance import guidance
 from imagemill.records import ModelSpec, Span, Task, Tuning
 from imagemill.runners import attention, compiled, real_rotary, tuning, vision_windows, warm_up
 from imagemill.runners.adapters import Adapters
@@ -230,6 +232,23 @@ def test_batches_and_guidance_meet_graphs_of_the_warm_up(runner: DiffusionRunner
     assert graphs() == warm
 
 
+@pytest.mark.parametrize("guided", [(True,), (False, True)])
+def test_the_first_task_with_guidance_meets_graphs_of_the_warm_up(
+    runner: DiffusionRunner, guided: tuple[bool, ...]
+) -> None:
+    given: list[dict[str, Any]] = [{"guidance_scale": 0.5}, {"guidance_scale": 4.0, "negative_prompt": LONG}]
+    given += [{}, {"prompt": LONG}] if False in guided else []
+    expected = [picture(runner, **fields) for fields in given]
+    tune(runner, replace(SMALL, guided=guided))
+    warm = graphs()
+    for fields, before in zip(given, expected, strict=True):
+        close(picture(runner, **fields), before)
+    assert graphs() == warm
+    if False not in guided:
+        picture(runner)
+        assert graphs() > warm
+
+
 def test_static_shapes_compile_each_caption_length_apart_within_the_raised_limit(runner: DiffusionRunner) -> None:
     expected = picture(runner, prompt=LONG)
     tune(runner, dynamic=False)
@@ -404,6 +423,23 @@ def test_the_rounds_meet_every_size_with_one_and_with_the_largest_batch() -> Non
     assert any(len(set(one.words)) == 2 for one in found)
     assert {one.size for one in warm_up.rounds(Tuning(), z_image, True)} == {(1024, 1024)}
     assert len(warm_up.rounds(Tuning(), z_image, False)) == len(warm_up.STATIC_LENGTHS)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "flux_kontext", "qwen_edit", "qwen_image", "sd3", "sdxl", "z_image"])
+def test_the_rounds_meet_guidance_as_the_tasks_have_it(name: str) -> None:
+    kind = family(name)
+    for guided in ((True,), (False,), (False, True)):
+        found = warm_up.rounds(Tuning(sizes=((64, 64), (96, 64)), batch=2, guided=guided), kind, True)
+        made = [(one.size, task) for one in found if not one.only_text for task in warm_up.made_up(one, kind)]
+        runs = {
+            (size, guidance(task.guidance_scale, task.true_cfg_scale, task.negative_prompt).runs(kind))
+            for size, task in made
+        }
+        assert runs == {(size, wanted) for size in ((64, 64), (96, 64)) for wanted in guided}
+        assert all(plan.problems(replace(task, output_path="a.png"), kind) == [] for _, task in made)
+    (usual,) = warm_up.made_up(Round((64, 64), (3,)), kind)
+    for field in {"guidance_scale", "true_cfg_scale", "negative_prompt"} & kind.fields:
+        assert getattr(usual, field) == getattr(kind.defaults, field)
 
 
 # --- adapters on compiled blocks --------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from imagemill.errors import LedgerError, OutputError
+from imagemill.guidance import Guidance
 from imagemill.ledger import FILE_NAME, Attempt, Ledger
 from imagemill.records import Failure, Kind, Outcome, PlannedTask, Receipt, Settle, Task, Ticket
 from imagemill.staging import SHOWN, Shape
@@ -97,15 +98,29 @@ def test_what_is_taken_back_is_free_for_later_rows(ledger: Ledger) -> None:
     assert ledger.staging.compare().total == 2
 
 
-def test_what_is_staged_is_counted_by_model_and_shape_whatever_its_adapters(ledger: Ledger) -> None:
+def test_what_is_staged_is_counted_by_model_and_shape_and_says_whether_there_are_adapters(ledger: Ledger) -> None:
     ledger.staging.begin()
     for seq, (adapters, shape) in enumerate([("-", "64x64"), ("ab@1.0", "64x64"), ("-", "answer")]):
         one = planned(seq)
         ticket = Ticket(seq, ("model:m", f"adapters:{adapters}", f"shape:{shape}"), "g", 1.5)
         ledger.staging.add(replace(one, ticket=ticket), f"row {seq}")
     assert list(ledger.staging.shapes()) == [
-        Shape("model:m", "shape:64x64", 2, 3.0),
-        Shape("model:m", "shape:answer", 1, 1.5),
+        Shape("model:m", "shape:64x64", 2, 3.0, (Guidance(),), adapters=True),
+        Shape("model:m", "shape:answer", 1, 1.5, (Guidance(),), adapters=False),
+    ]
+    ledger.staging.abandon()
+
+
+def test_what_is_staged_tells_its_kinds_of_guidance_whatever_their_number(ledger: Ledger) -> None:
+    ledger.staging.begin()
+    for seq in range(60):
+        ledger.staging.add(planned(seq, guidance_scale=seq / 10, negative_prompt="dull" if seq < 5 else None), "row")
+    (found,) = ledger.staging.shapes()
+    assert sorted(found.guidance) == [
+        Guidance(0.0, None, True),
+        Guidance(1.0, None, False),
+        Guidance(1.0, None, True),
+        Guidance(2.0, None, False),
     ]
     ledger.staging.abandon()
 

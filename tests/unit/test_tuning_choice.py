@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from imagemill import models
 from imagemill.config import Settings, merge
 from imagemill.errors import ConfigError
+from imagemill.guidance import guidance
 from imagemill.intake import Models
 from imagemill.records import Tuning
 from imagemill.staging import Shape
@@ -81,6 +83,13 @@ def test_batches_are_compiled_apart_and_cost_more() -> None:
     assert batched.tuning.batch == 4
 
 
+def test_tasks_with_guidance_and_tasks_without_cost_as_much_more_as_batches_do() -> None:
+    kinds = [(False,), (True,), (False, True)]
+    spent = [choose(Settings(), SIZE, 10_000, 1, True, KNOWN, guided=kind).spent for kind in kinds]
+    assert spent == [43, 43, 64]
+    assert choose(Settings(), SIZE, 10_000, 1, True, KNOWN, 4, (False, True)).spent == 64
+
+
 def test_the_attention_asked_for_is_handed_on() -> None:
     assert chosen(attention="_flash_3").tuning.attention == "_flash_3"
 
@@ -115,7 +124,9 @@ def test_each_model_has_its_own_choice_from_its_own_pictures() -> None:
     auto = merge(Settings(), {"batch_size": "auto"})
     found = choices(auto, used, SHAPES, workers=1, on_cuda=True, device="NVIDIA H100 80GB HBM3")
     assert list(found) == ["tiny", "tiny-edit"]
-    assert found["tiny"].tuning == Tuning(True, "bf16", "auto", ((512, 512), (1024, 1024)), 4)
+    assert found["tiny"].tuning == Tuning(
+        True, "bf16", "auto", ((512, 512), (1024, 1024)), 4, guided=(False,), adapters=False
+    )
     assert found["tiny"].saved == pytest.approx(1000 * 0.59 * (1 - 0.812 / 1.347))
     assert found["tiny"].why == "as measured on one H100"
     assert not found["tiny-edit"].tuning.compile
@@ -125,9 +136,42 @@ def test_each_model_has_its_own_choice_from_its_own_pictures() -> None:
 def test_a_source_read_as_it_is_needed_has_the_size_that_is_expected() -> None:
     used = book("tiny").used()
     lazy = choices(merge(Settings(), {"compile": True}), used, None, 1, on_cuda=True)["tiny"]
-    assert lazy.tuning == Tuning(True, sizes=((128, 128),), batch=8)
+    assert lazy.tuning == Tuning(True, sizes=((128, 128),), batch=8, guided=(False,), adapters=True)
     asked = choices(merge(Settings(), {"size": "64x32"}), used, None, 1, on_cuda=True)["tiny"]
-    assert asked.tuning == Tuning(sizes=((64, 32),), batch=8)
+    assert asked.tuning == Tuning(sizes=((64, 32),), batch=8, guided=(False,))
+
+
+def test_the_kinds_of_guidance_among_the_tasks_are_warmed_up() -> None:
+    used = book("tiny", "fake").used()
+    bare, scaled = guidance(0.0, None, None), guidance(4.0, None, "dull")
+
+    def found(*kinds: Any) -> Tuning:
+        shapes = [Shape("model:tiny", f"shape:{64 * (place + 1)}x64", 9, 9.0, own) for place, own in enumerate(kinds)]
+        other = Shape("model:fake", "shape:16x16", 7, 1.0, (scaled,))
+        return choices(Settings(), used, [*shapes, other], 1, on_cuda=True)["tiny"].tuning
+
+    assert found((bare,)).guided == (False,)
+    assert found((scaled,)).guided == (True,)
+    assert found((bare,), (scaled, bare)).guided == (False, True)
+
+
+def test_the_tasks_of_a_source_read_as_it_is_needed_have_the_guidance_of_the_run() -> None:
+    used = book("tiny").used()
+
+    def lazy(**given: Any) -> Tuning:
+        return choices(merge(Settings(), given), used, None, 1, on_cuda=True)["tiny"].tuning
+
+    assert lazy(guidance=3.0).guided == (True,)
+    assert lazy(guidance=0.0).guided == lazy().guided == (False,)
+
+
+def test_whether_there_are_adapters_is_told_by_the_models_own_tasks() -> None:
+    used = book("tiny", "tiny-edit").used()
+    worn = [replace(shape, adapters=shape.model == "model:tiny") for shape in SHAPES]
+    found = choices(Settings(), used, worn, 1, on_cuda=True)
+    assert (found["tiny"].tuning.adapters, found["tiny-edit"].tuning.adapters) == (True, False)
+    assert choices(Settings(), used, [], 1, on_cuda=True)["tiny"].tuning.adapters
+    assert choices(Settings(), used, worn, 1, on_cuda=True, kept=True)["tiny-edit"].tuning.adapters
 
 
 def test_models_are_given_their_tunings() -> None:

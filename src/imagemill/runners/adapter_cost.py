@@ -41,7 +41,10 @@ HEADROOM = 12 * 2**30
 """Bytes on the device that base copies leave free: for latents, activations, adapters and what compiling needs."""
 
 HOST_SHARE = 0.5
-"""The most of the free host memory that one worker pins."""
+"""The most of the free host memory that the workers of a run pin together; each has as much of it as the others."""
+
+NEIGHBOURS_VARIABLE = "IMAGEMILL_WORKERS_HERE"
+"""The environment variable that tells a worker process how many workers of its run the host has, itself included."""
 
 GROUP_FORWARDS = 32
 """How many forwards a group of tasks with one set of adapters is taken to make: four pictures of 8 steps."""
@@ -61,13 +64,15 @@ def adapter_mode(
     device_free: int,
     host_free: int,
     *,
+    neighbours: int = 1,
     forwards: int = GROUP_FORWARDS,
     force: Mode | None = None,
 ) -> Mode:
     """The way for a worker: `merged` on CUDA where a copy of the base fits and pays, else `layers`.
 
     `weights` is the bytes of all weights that adapters can change, the most that is ever copied; `device_free` and
-    `host_free` are bytes. On the CPU it is `layers`: models run in float32 there, and their pictures stay as they are.
+    `host_free` are bytes. `neighbours` are the workers that share the host, this one included: each finds the same memory
+    free. On the CPU it is `layers`: models run in float32 there, and their pictures stay as they are.
     """
     if force is not None:
         return force
@@ -75,6 +80,6 @@ def adapter_mode(
         return "layers"
     if weights + HEADROOM <= device_free and forwards >= break_even("merged"):
         return "merged"
-    if weights <= host_free * HOST_SHARE and forwards >= break_even("merged_from_host"):
+    if weights <= host_free * HOST_SHARE / neighbours and forwards >= break_even("merged_from_host"):
         return "merged_from_host"
     return "layers"

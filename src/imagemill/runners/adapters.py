@@ -9,6 +9,7 @@ network.
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from imagemill.errors import BadTask, OutOfMemory, WorkerGone, classify
 from imagemill.records import Lora
 from imagemill.runners import lora_file
-from imagemill.runners.adapter_cost import Mode, adapter_mode
+from imagemill.runners.adapter_cost import NEIGHBOURS_VARIABLE, Mode, adapter_mode
 from imagemill.runners.ahead import Ahead
 from imagemill.runners.lora_file import LoraFile
 from imagemill.runners.shelf import Shelf
@@ -38,13 +39,14 @@ Applied = tuple[tuple[str, float], ...]
 def choose(device: str, pipe: Any, force: Mode | None = None) -> Adapters | Merged:
     """The adapters for this loaded pipeline, without any on it yet; to be called once, before its weights are quantised.
 
-    The device, the model and the free memory decide, or `force` does; `adapter_cost` says why.
+    The device, the model, the free memory and how many workers share it decide, or `force` does; `adapter_cost` says why.
     """
     from imagemill.devices import host_memory
     from imagemill.runners.merged import Merged, device_free, mergeable_bytes
 
     weights = mergeable_bytes(pipe)
-    mode = adapter_mode(device, weights, device_free(device), host_memory()[0], force=force)
+    neighbours = int(os.environ.get(NEIGHBOURS_VARIABLE, "1"))
+    mode = adapter_mode(device, weights, device_free(device), host_memory()[0], neighbours=neighbours, force=force)
     log.info("adapters are put on as %s (%.1f GiB of weights)", mode.replace("_", " "), weights / 2**30)
     return Adapters() if mode == "layers" else Merged(pipe, on_device=mode == "merged")
 
@@ -213,10 +215,12 @@ def check_landed(file: LoraFile, landed: int, expected: int) -> None:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without peft's warnings about what is meant here: several adapters, of which the active one may be deleted."""
+    """Without peft's warnings about what is meant here: several adapters, of which the active one may be deleted, and layers
+    over weights in fp8, into which peft is never asked to merge."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without")
         yield
 
 

@@ -78,7 +78,7 @@ class DiffusionRunner:
             self._ladder = Ladder(loaded.pipe, self.device, staged=is_staged(loaded.family))
             self._adapts_text = adapts_text(loaded.pipe)
             self.adapters = choose(self.device, loaded.pipe)
-            if spec.tuning.precision == "fp8":
+            if spec.tuning.precision == "fp8" and spec.tuning.adapters:
                 self.adapters.hold(loaded.pipe)
             self._notes += tuning.tune(loaded.pipe, loaded.family, spec.tuning, self.device, beat, spans=spans)
             self._spans = tuple(spans)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from imagemill.errors import WorkerGone, classify
 from imagemill.families import Family, OnStep, Pictures, Size
+from imagemill.guidance import guidance
 from imagemill.records import Span, Task, Tuning
 from imagemill.runners import Beat
 from imagemill.runners.loading import timed
@@ -23,6 +25,9 @@ STAGE = "compile"
 SHORT, LONG = 3, 100
 """Words of a prompt: of the first bucket of 32 tokens, and of a later one."""
 
+ON, OFF = 2.0, 0.0
+"""Scales with which every family's guidance runs, and does not."""
+
 STATIC_LENGTHS = (SHORT, 24, 52, 80)
 """Words for the first four buckets, where each is compiled apart."""
 
@@ -32,30 +37,35 @@ PROBE_SIZE = (512, 512)
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One batch of a warm-up: its size, the words of each prompt, and whether it ends when the prompts are encoded."""
+    """One batch of a warm-up: its size, the words of each prompt, whether it ends when the prompts are encoded, and whether
+    guidance runs (None: as the family's defaults have it)."""
 
     size: Size
     words: tuple[int, ...]
     only_text: bool = False
+    guided: bool | None = None
 
     def __str__(self) -> str:
-        return f"{'text' if self.only_text else len(self.words)} at {self.size[0]}x{self.size[1]}"
+        how = {None: "", True: " with guidance", False: " without guidance"}[self.guided]
+        return f"{'text' if self.only_text else len(self.words)} at {self.size[0]}x{self.size[1]}{how}"
 
 
 def rounds(tuning: Tuning, family: Family, dynamic: bool | None) -> list[Round]:
-    """The batches that meet every graph: each size with the largest batch and with one; there captions of one length, of
-    another, and of both in a batch. Lengths vary at the first size only, unless shapes are static. The text encoder, which
-    is not compiled, meets the lengths between as well: a GPU waits where a kernel is launched for the first time."""
+    """The batches that meet every graph: each size with the largest batch and with one, with guidance and without as the
+    tasks have it; there captions of one length, of another, and of both in a batch. Lengths vary at the first size only,
+    unless shapes are static. The text encoder, which is not compiled, meets the lengths between as well: a GPU waits where a
+    kernel is launched for the first time."""
     largest = family.max_edit_batch if edits(family) else family.max_batch
     counts = sorted({max(1, min(tuning.batch, largest)), 1})
     lengths = (SHORT, LONG) if dynamic else STATIC_LENGTHS
     found: list[Round] = []
-    for place, size in enumerate(tuning.sizes or (usual_size(family),)):
+    sizes = tuning.sizes or (usual_size(family),)
+    for guided, (place, size) in product(tuning.guided or (None,), enumerate(sizes)):
         own = lengths if place == 0 or not dynamic else lengths[:1]
         for count in counts:
-            found += [Round(size, (words,) * count) for words in own]
+            found += [Round(size, (words,) * count, guided=guided) for words in own]
             if count > 1:
-                found.append(Round(size, (LONG, *(SHORT,) * (count - 1))))
+                found.append(Round(size, (LONG, *(SHORT,) * (count - 1)), guided=guided))
     if dynamic and not edits(family):
         found += [Round(found[0].size, (words,), only_text=True) for words in STATIC_LENGTHS[1:]]
     return found
@@ -115,22 +125,30 @@ def run(pipe: Any, family: Family, one: Round, on_step: OnStep, device: str, spa
 
 
 def made_up(one: Round, family: Family) -> Iterator[Task]:
-    """A task of one step for each prompt of the round, with the family's defaults."""
-    usual = family.defaults
-    fields = family.fields
+    """A task of one step for each prompt of the round, with the family's defaults but for guidance."""
+    scales = guidance_fields(family, one.guided)
     for place, words in enumerate(one.words):
         yield Task(
             id=f"warm-up-{place}",
             prompt=" ".join(["picture"] * words),
-            negative_prompt=usual.negative_prompt if "negative_prompt" in fields else None,
             images=("made up",) if edits(family) else (),
             width=one.size[0],
             height=one.size[1],
             steps=1,
-            guidance_scale=usual.guidance_scale if "guidance_scale" in fields else None,
-            true_cfg_scale=usual.true_cfg_scale if "true_cfg_scale" in fields else None,
             seed=place,
+            **scales,
         )
+
+
+def guidance_fields(family: Family, guided: bool | None) -> dict[str, Any]:
+    """Negative prompt and scales with which guidance runs, or does not: the family's defaults, also for None, with as little
+    changed as that takes."""
+    names = ("guidance_scale", "true_cfg_scale", "negative_prompt")
+    usual = {name: getattr(family.defaults, name) if name in family.fields else None for name in names}
+    scale, negative = (ON, usual["negative_prompt"] or " ") if guided else (OFF, usual["negative_prompt"])
+    others = ({"true_cfg_scale": scale, "negative_prompt": negative}, {"guidance_scale": scale})
+    tries = [usual, *(usual | other for other in others if family.fields.issuperset(other))]
+    return next((one for one in tries if guided is None or guidance(**one).runs(family) is guided), usual)
 
 
 def blank_pictures(task: Task, family: Family) -> Pictures:
