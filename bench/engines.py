@@ -204,12 +204,15 @@ def imagemill(model: str, tasks: Path, count: int, place: Place, extra: Sequence
 
 
 def openings(results: Path, moments: Mapping[str, float]) -> list[float]:
-    """When each worker had written its first batch, by what `results.jsonl` says of its pictures."""
+    """When each worker had written its first batch: its b-th picture in order of time, where `results.jsonl` says that its
+    first was made in a batch of b."""
     found: dict[int, list[tuple[float, int]]] = {}
     for line in results.read_text("utf-8").splitlines():
         row = json.loads(line)
         found.setdefault(row["worker"], []).append((moments[row["path"]], row["batch_size"]))
-    return [sorted(pictures)[min(pictures)[1] - 1][0] for pictures in found.values()]
+    ordered = [sorted(pictures) for pictures in found.values()]
+    # A picture of the batch that failed may have been made again by another worker.
+    return [pictures[min(pictures[0][1], len(pictures)) - 1][0] for pictures in ordered]
 
 
 def run_command(model: str, tasks: Path, out: Path, place: Place, extra: Sequence[str]) -> list[str]:

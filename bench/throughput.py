@@ -14,13 +14,14 @@ its own. A row that fails is reported with its error, one whose option is missin
 is a list in the form of docs/benchmarks.json, written after every row and appended to by later commands; ratios are taken
 only between rows of one boot of one machine.
 
-pictures/s      from the first batch to the last picture, by the times of the files; on several GPUs from the moment each
-                of them has made its first
+pictures/s      from the end of the first batch to the last picture, by the times of the files; on several GPUs from the
+                moment when each has written its first batch
 of the ceiling  counted operations of all stages (operations.py) over the matrix ceiling measured first (ceiling.py)
 first picture   seconds from the command to the first file; the page cache is warm, since the model was just written or read
 peak            the most GPU memory in use by all processes of a GPU together, by NVML
-GPU idle        between first and last picture: 1 - mean NVML utilisation, or the trace's where NVML gives no samples (a
-                lower bound: a stage counts from its first launch on); `details` says which, and holds both
+GPU idle        in the same time: 1 - mean NVML utilisation, or the trace's, from a GPU's first decode on, where NVML gives
+                no samples (a lower bound: `encode` counts as busy while the host prepares pictures, every stage from its
+                first launch on); `details` says which, and holds both
 """
 
 from __future__ import annotations
@@ -316,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     files = task_files(options, model)
     bench = Bench(options, model, measure_facts(options, model, files["plain"]), deadline)
     rows_of(bench, files)
-    print(f"\n{scorecard.table(bench.done)}")
+    print(f"\n{scorecard.table(scorecard.read(options.out)[-len(bench.done) :] if bench.done else ())}")
 
 
 if __name__ == "__main__":

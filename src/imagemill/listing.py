@@ -172,7 +172,7 @@ def _tuned(one: Tuned, device: str) -> list[str]:
         weighed = f"saves a worker {duration(choice.saved)} and takes it {duration(choice.spent)}, "
     rows = [("  compiled", f"{'yes' if tuning.compile else 'no'}: {weighed}{choice.why}")]
     if device.startswith("cuda"):
-        rows += [("  precision", tuning.precision), ("  attention", tuning.attention)]
+        rows += [("  precision", choice.precision), ("  attention", tuning.attention)]
     if one.batches:
         rows.append(("  batch size", ", ".join(f"{size[0]}x{size[1]}: {number}" for size, number in one.batches)))
     return [f"Speed of {one.model}", columns(rows)]

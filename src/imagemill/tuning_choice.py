@@ -22,6 +22,8 @@ MOST_SIZES = 8
 """Sizes that are warmed up, at most. The blocks are compiled for all sizes at once; what is not warmed up makes the first
 picture of its size wait."""
 
+SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
 # One Z-Image picture of 1024x1024 at 8 steps on one H100, in seconds: forwards and decode, text running beside them.
 EAGER_PICTURE = 8 * 0.157 + 0.091
 COMPILED_PICTURES = {"bf16": 0.812, "fp8": 0.589}
@@ -47,12 +49,18 @@ class Figures:
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The tuning of one model and the reason for compiling or not. Seconds are a worker's: what compiling takes at most
-    and what it saves; None where nothing was weighed."""
+    and what it saves; None where nothing was weighed. `dtype` is that of the model."""
 
     tuning: Tuning
     why: str
     spent: float | None = None
     saved: float | None = None
+    dtype: str = "bfloat16"
+
+    @property
+    def precision(self) -> str:
+        """What is computed in, for people: `fp8`, or the short name of the model's dtype."""
+        return "fp8" if self.tuning.precision == "fp8" else SHORT_NAMES.get(self.dtype, self.dtype)
 
 
 def as_stats(found: Mapping[str, Choice]) -> dict[str, Any]:
@@ -61,7 +69,7 @@ def as_stats(found: Mapping[str, Choice]) -> dict[str, Any]:
         name: {
             "compiled": one.tuning.compile,
             "why": one.why,
-            "precision": one.tuning.precision,
+            "precision": one.precision,
             "attention": one.tuning.attention,
             "sizes": [f"{width}x{height}" for width, height in one.tuning.sizes],
             "batch_size": one.tuning.batch,
@@ -178,7 +186,8 @@ def choices(
         batch = max((rule.at(size) for size in sizes[:MOST_SIZES]), default=1)
         pictures = None if staged is None else count
         guided, adapters = _guided(settings, model, own), kept or not own or any(shape.adapters for shape in own)
-        found[model.spec.name] = choose(settings, sizes, pictures, workers, on_cuda, known, batch, guided, adapters)
+        choice = choose(settings, sizes, pictures, workers, on_cuda, known, batch, guided, adapters)
+        found[model.spec.name] = replace(choice, dtype=model.spec.dtype)
     return found
 
 

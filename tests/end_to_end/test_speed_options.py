@@ -49,7 +49,7 @@ def test_the_report_says_how_the_model_was_made_fast(place: Workplace) -> None:
     assert ended.code == 0, ended.text
     (run,) = json.loads((place.folder / "out" / "report.json").read_text("utf-8"))["runs"]
     assert run["tuning"] == {
-        "tiny": {"compiled": False, "why": "as asked", "precision": "bf16", "attention": "auto", "sizes": ["64x64"],
+        "tiny": {"compiled": False, "why": "as asked", "precision": "fp32", "attention": "auto", "sizes": ["64x64"],
                  "batch_size": 1},
     }  # fmt: skip
     assert "not compiled (as asked)" in (place.folder / "out" / "report.md").read_text("utf-8")

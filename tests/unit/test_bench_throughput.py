@@ -181,7 +181,7 @@ def test_fp8_without_torchao_is_not_available(monkeypatch: pytest.MonkeyPatch, t
 # --- steady state and idle time ---------------------------------------------------------------------------------------
 
 
-def test_the_rate_counts_from_the_first_picture_of_the_last_worker() -> None:
+def test_the_rate_counts_from_the_first_batch_of_the_last_worker() -> None:
     assert engines.Measured(0.0, [10.0, 11.0, 12.0]).images_per_second == 1.0
     two = engines.Measured(0.0, [10.0, 11.0, 12.0, 12.5, 13.0], openings=[10.0, 12.5])
     assert two.images_per_second == 2.0
@@ -201,6 +201,25 @@ def test_what_was_computed_before_the_first_batch_was_written_does_not_count(tmp
         written = sorted(list(moments.values())[: 48 * workers])
         rate = engines.Measured(0.0, written, openings=opened).images_per_second
         assert rate == pytest.approx(4.0 * workers)
+
+
+def test_the_clock_waits_for_the_first_batch_of_a_worker_that_began_late(tmp_path: Path) -> None:
+    """Twelve batches of four, one a second; the second worker has its first 2.5 s later, a batch of three."""
+    rows = [(0, f"0-{number}.png", 10.0 + number // 4 + number % 4 / 100, 4) for number in range(48)]
+    rows += [(1, f"1-{number}.png", 12.51 + number / 100, 3) for number in range(3)]
+    rows += [(1, f"1-{number}.png", 12.5 + (number + 1) // 4 + (number + 1) % 4 / 100, 4) for number in range(3, 35)]
+    lines = [json.dumps({"worker": worker, "path": path, "batch_size": size}) for worker, path, _, size in rows]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines))
+    opened = engines.openings(tmp_path / "results.jsonl", {path: moment for _, path, moment, _ in rows})
+    assert opened == [10.03, 12.53]
+    written = sorted(moment for _, _, moment, _ in rows if moment < 20.54)
+    assert engines.Measured(0.0, written, openings=opened).images_per_second == pytest.approx(8.0)
+
+
+def test_a_first_batch_of_which_a_picture_was_made_again_elsewhere_ends_with_what_is_left_of_it(tmp_path: Path) -> None:
+    lines = [json.dumps({"worker": 0, "path": f"{number}.png", "batch_size": 4}) for number in range(3)]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines))
+    assert engines.openings(tmp_path / "results.jsonl", {"0.png": 1.0, "1.png": 1.1, "2.png": 1.2}) == [1.2]
 
 
 def test_idle_time_is_taken_between_the_first_and_the_last_picture() -> None:

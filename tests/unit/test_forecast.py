@@ -54,7 +54,7 @@ def test_a_long_run_is_compiled_and_its_time_is_that_of_compiled_pictures(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(crew, "choose", an_h100)
-    text = plan(1200, {"size": "1024x1024"})
+    text = plan(1200, {"size": "1024x1024"}, dtype="bfloat16")
     assert "compiled    yes: saves a worker " in text
     assert "precision   bf16" in text
     assert "attention   auto" in text

@@ -187,3 +187,6 @@ def test_the_report_is_told_what_was_chosen() -> None:
         "tiny": {"compiled": True, "why": "as asked", "precision": "bf16", "attention": "auto", "sizes": ["1024x1024"],
                  "batch_size": 1},
     }  # fmt: skip
+    kinds = [("bf16", "float32"), ("bf16", "bfloat16"), ("bf16", "float16"), ("fp8", "bfloat16")]
+    named = [Choice(Tuning(precision=precision), "", dtype=dtype).precision for precision, dtype in kinds]
+    assert named == ["fp32", "bf16", "fp16", "fp8"]
