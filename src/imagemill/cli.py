@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -53,6 +54,7 @@ from imagemill.cli_options import (
     Workers,
     options_of,
     settings_of,
+    with_kinds,
 )
 from imagemill.errors import ChangedTasksError, ImagemillError, OutputError
 from imagemill.version import __version__
@@ -300,8 +302,21 @@ def summary(report: RunReport) -> str:
 
 def main() -> None:
     """The console script. A user's mistake ends in one line and exit code 2, a defect in a traceback."""
-    arguments = ["--retry-failed=all" if argument == "--retry-failed" else argument for argument in sys.argv[1:]]
-    arguments = with_lists(arguments)
+    from imagemill.records import WORKER_THREAD
+
+    try:
+        _command()
+    except SystemExit as ended:
+        if any(thread.name == WORKER_THREAD for thread in threading.enumerate()):
+            # The worker inside this process is still computing: torn down under it, torch would abort the process.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1)
+        raise
+
+
+def _command() -> None:
+    arguments = with_lists(with_kinds(sys.argv[1:]))
     try:
         app(arguments, prog_name="imagemill")
     except OutputError as error:

@@ -258,6 +258,10 @@ def _evaluate(
 # --- what is said at the end ------------------------------------------------------------------------------------------
 
 
+UNANSWERED = ("parse_failed", "refused", "error")
+"""What an item may be without a score that another answer of the judge would give it."""
+
+
 def summary(report: EvalReport) -> list[str]:
     """The last words of an evaluation."""
     from imagemill.scoring.report.words import score, share, span
@@ -272,9 +276,9 @@ def summary(report: EvalReport) -> list[str]:
         lines.append(f"{report.failed_edits} edits failed; the report says why, --retry-failed tries them again")
     if report.coverage < report.min_coverage:
         counts = ", ".join(f"{count} {name}" for name, count in overall["statuses"].items() if name != "ok")
-        lines.append(
-            f"coverage is below {share(report.min_coverage)} ({counts}); --rejudge failed asks the judge again"
-        )
+        asked = any(overall["statuses"].get(name) for name in UNANSWERED)
+        mend = "; --rejudge failed asks the judge again" if asked else "; the report says why"
+        lines.append(f"coverage is below {share(report.min_coverage)} ({counts}){mend}")
     scale = found["scale"]
     mean = f"{score(overall['mean'], scale)} [{span(overall['interval'], scale)}]"
     lines.append(f"mean {found['headline']} {mean}, macro mean {score(found['macro_mean'], scale)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -220,6 +220,21 @@ def gpus_of(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"--gpu-ids: {ids!r} is no list of numbers; write 0,2,4")
         ids = [int(part) for part in parts]
     return {"gpus": gpus, "gpu_ids": ids}
+
+
+def with_kinds(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--retry-failed` alone as all kinds, and with the kinds that follow it as its value, unless a file
+    has that name."""
+    from imagemill.errors import KINDS
+
+    found: list[str] = []
+    for argument in arguments:
+        named = all(kind in (*KINDS, "all") for kind in argument.split(","))
+        if found and found[-1] == "--retry-failed" and named and not Path(argument).exists():
+            found[-1] = f"--retry-failed={argument}"
+        else:
+            found.append(argument)
+    return ["--retry-failed=all" if argument == "--retry-failed" else argument for argument in found]
 
 
 def kinds_of(text: str | None) -> tuple[str, ...]:

@@ -102,9 +102,10 @@ def _together(settings: Settings, specs: Sequence[ModelSpec], need: int, tasks: 
     return spread([found[place] for place in asked.gpu_ids] or found[:count], need, asked.workers, tasks)
 
 
-def hire(choice: Choice, settings: Settings, first: ModelSpec, log_folder: Path) -> Crew:
-    """Make the executor and the specs; the scheduler starts the workers. A single one works inside this process."""
-    alone = len(choice.devices) == 1 and bool(choice.devices[0].inline_device) and not settings.devices.isolate
+def hire(choice: Choice, settings: Settings, first: ModelSpec, log_folder: Path, *, apart: bool = False) -> Crew:
+    """Make the executor and the specs; the scheduler starts the workers. A single one works inside this process, unless it is
+    to be `apart`."""
+    alone = works_inside(choice, settings) and not apart
     if alone and choice.devices[0].inline_device.startswith("cuda"):
         # The device's number counts as nvidia-smi does only so, and only before CUDA starts.
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -124,6 +125,11 @@ def hire(choice: Choice, settings: Settings, first: ModelSpec, log_folder: Path)
         for number, device in enumerate(choice.devices)
     }
     return Crew(inline.create() if alone else processes.create(), specs, choice)
+
+
+def works_inside(choice: Choice, settings: Settings) -> bool:
+    """Whether the worker can work inside this process: it is the only one, and no process of its own is asked for."""
+    return len(choice.devices) == 1 and bool(choice.devices[0].inline_device) and not settings.devices.isolate
 
 
 def tune(

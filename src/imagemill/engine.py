@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from imagemill import crew, downloads, progress, sources, trained_sizes, tuning_choice
+from imagemill import crew, downloads, progress, sources, trained_sizes, tuning_choice, untaken
 from imagemill.config import Settings, settings_from
 from imagemill.crashpoints import crash_point
 from imagemill.crew import Crew
@@ -235,6 +235,7 @@ class Engine:
             stack.callback(ledger.close)
             stack.callback(crash_point, "before-ledger-close")
             stack.callback(ledger.staging.abandon)
+            died = ledger.died()
             book = crew.find_models(self.settings)
             intake = Intake(self.settings, book, ledger, folder, overwrite=options.overwrite)
             if lazy:
@@ -247,14 +248,14 @@ class Engine:
                 feed = _read_as_needed(rows, intake, admission, ledger, options, chunk)
             else:
                 if self.settings.preload:
-                    self._start_early(book, path)
+                    self._start_early(book, path, died)
                 admission = intake.stage(rows, limit=options.limit)
                 comparison = intake.check(admission, skip_bad=options.skip_bad, rerun_changed=options.rerun_changed)
                 again = intake.again(options.again, options.retry)
                 to_do = comparison.to_do(options.retry) + len(again)
                 choice = self._choose(book, to_do)
-                for line in trained_sizes.remarks(book.used(), ledger.staging.shapes()) if to_do else ():
-                    self._progress.note(line)
+                if to_do:
+                    self._remark(book, ledger)
                 tuned = self._tune(book, choice, ledger.staging.shapes(), comparison.total)
                 self._begin(ledger, folder)
                 crash_point("before-accept")
@@ -266,7 +267,7 @@ class Engine:
                 "run %d in %s: %s tasks to do", ledger.run, path, "an unknown number of" if to_do is None else to_do
             )
             if choice is not None:
-                self._crew = crew.hire(choice, self.settings, book.used()[0].spec, self._log_folder(path))
+                self._crew = self._hire(choice, book, path, died)
             if self._crew is not None and to_do != 0 and (choice is not None or self._crew.early):
                 self._crew.settle(book.used()[0].spec, tuned)
             yield from self._work(feed, book, ledger, folder, admission, to_do)
@@ -294,13 +295,29 @@ class Engine:
             self._progress.note(line)
         return choice
 
-    def _start_early(self, book: Models, path: Path) -> None:
+    def _remark(self, book: Models, ledger: Ledger) -> None:
+        """Say what of the run will not do what its user hoped."""
+        sizes = trained_sizes.remarks(book.used(), ledger.staging.shapes())
+        for line in (*untaken.remarks(self.settings, book.used()), *sizes):
+            self._progress.note(line)
+
+    def _hire(self, choice: Choice, book: Models, path: Path, died: bool) -> Crew:
+        """The workers. After a run that died even a single one gets a process of its own: should one of the tasks crash it
+        again, it is that task that ends, and not the run."""
+        apart = died and crew.works_inside(choice, self.settings)
+        if apart:
+            self._progress.note(
+                "the last run in this folder died; its worker now has a process of its own, as with --isolate"
+            )
+        return crew.hire(choice, self.settings, book.used()[0].spec, self._log_folder(path), apart=apart)
+
+    def _start_early(self, book: Models, path: Path, died: bool) -> None:
         """Start the workers of the run's own model while its tasks are still read and checked."""
         if self._crew is None:
             book.get(None)
             choice = self._choose(book, None)
             assert choice is not None, "nothing is known of the tasks yet"
-            self._crew = crew.hire(choice, self.settings, book.used()[0].spec, self._log_folder(path))
+            self._crew = self._hire(choice, book, path, died)
             self._crew.start_early()
 
     def _tune(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagemill import batching, crew, devices, estimate, models, plan, sources, trained_sizes, tuning_choice
+from imagemill import batching, crew, devices, estimate, models, plan, sources, trained_sizes, tuning_choice, untaken
 from imagemill.config import Settings
 from imagemill.devices import Choice
 from imagemill.engine import Engine, RunOptions
@@ -45,7 +45,7 @@ class Forecast:
     what a task gives: `picture`, `judgment`, or `task` where some give this and some that.
 
     `unreadable` are pictures to edit whose header does not read: the tasks that name them will fail. `remarks` say which
-    sizes a model was not trained at.
+    options change nothing and which sizes a model was not trained at.
     """
 
     source: str
@@ -116,7 +116,7 @@ def forecast(
             schedule=str(settings.schedule),
             unit=_unit(used),
             tuned=tuned,
-            remarks=trained_sizes.remarks(used, ledger.staging.shapes()),
+            remarks=(*untaken.remarks(settings, used), *trained_sizes.remarks(used, ledger.staging.shapes())),
         )
     finally:
         ledger.staging.abandon()

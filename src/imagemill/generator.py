@@ -55,13 +55,17 @@ class MultiGPUImageGenerator:
         A task takes `prompt`, `lora_path`, `lora_strength`, `seed`, `output_path` (absolute, or relative to the current
         folder) and any other field of a task. A result has `task_id`, `success`, `output_path` (None on failure),
         `elapsed` seconds and `error` (None on success). Files that stand at an output path are replaced.
-        Raises `InputError` when a dict cannot be used; then nothing was started.
+        Raises `InputError` when a dict cannot be used, with its number in the list, from 1; then nothing was started.
         """
         if not tasks:
             return []
         for number, task in enumerate(tasks):
             if not isinstance(task, Mapping):
-                raise InputError(f"task {number}: {type(task).__name__} is no dict; give one with a prompt")
+                raise InputError(f"task {number + 1}: {type(task).__name__} is no dict; give one with a prompt")
+            if task.get("num_images", 1) != 1:
+                raise InputError(
+                    f"task {number + 1}: num_images: generate_batch gives one result a task; give one dict a picture"
+                )
         places = [self._place(task, number) for number, task in enumerate(tasks, self._made)]
         self._made += len(tasks)
         root = Path(os.path.commonpath([place.parent for place in places]))
@@ -89,10 +93,6 @@ class MultiGPUImageGenerator:
             ]
 
     def _place(self, task: Mapping[str, Any], number: int) -> Path:
-        if task.get("num_images", 1) != 1:
-            raise InputError(
-                f"task {number}: num_images: generate_batch gives one result a task; give one dict a picture"
-            )
         given = task.get("output_path")
         suffix = f".{self._engine.settings.output.format}"
         if given is None:

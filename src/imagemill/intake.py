@@ -15,7 +15,7 @@ from imagemill import plan
 from imagemill.config import Settings
 from imagemill.config.wording import shown
 from imagemill.downloads import FOLDER, Downloads
-from imagemill.errors import ChangedTasksError, InputError, TaskFileError
+from imagemill.errors import ChangedTasksError, ConfigError, InputError, TaskFileError
 from imagemill.inputs import ImageFile, Inputs, is_web_address
 from imagemill.ledger import Ledger
 from imagemill.models import Model
@@ -233,7 +233,9 @@ class Intake:
         """
         try:
             if admission.tasks == 0 and not part and (skip_bad or not admission.bad_rows):
-                raise InputError("the source holds no task that could run")
+                raise InputError(f"the source holds no task that could run: {_why_none(admission)}")
+            if admission.bad_rows:
+                self._refuse_size()
             if admission.bad_rows and not skip_bad:
                 start = "the run ends here, what is done is kept" if part else "nothing was started"
                 raise TaskFileError(admission.bad, admission.bad_rows, f"{start}; {SKIP_BAD}")
@@ -241,6 +243,17 @@ class Intake:
         except BaseException:
             self._ledger.staging.abandon()
             raise
+
+    def _refuse_size(self) -> None:
+        """Raises `ConfigError` for a size of the run that a model cannot make: no row is to blame for it."""
+        width, height = self._defaults.width or 0, self._defaults.height or 0
+        for model in self.models.used():
+            unit, name = model.planned.family.multiple, model.planned.family.name
+            if width % unit or height % unit:
+                near = "x".join(str(max(1, round(side / unit)) * unit) for side in (width, height))
+                raise ConfigError(
+                    f"size: {width}x{height}: {name} takes multiples of {unit}; write {near}, for example"
+                )
 
     def _compare(self, *, rerun_changed: bool) -> Comparison:
         comparison = self._ledger.staging.compare()
@@ -294,6 +307,15 @@ class Intake:
         for place, reason in admission.skipped:
             self._ledger.skip(place, reason)
         self._ledger.staging.apply(self._ledger.run, retry=tuple(retry), again=again)
+
+
+def _why_none(admission: Admission) -> str:
+    """Why a source gave no task."""
+    if not admission.skipped:
+        return 'it is empty; write a row such as {"prompt": "an owl"}'
+    place, reason = admission.skipped[0]
+    more = f" (and {len(admission.skipped) - 1} more like it)" if len(admission.skipped) > 1 else ""
+    return f"{place}: {reason}{more}"
 
 
 @contextmanager

@@ -198,6 +198,12 @@ class Ledger:
         self.run = int(cursor.lastrowid or 0)
         return self.run
 
+    def died(self) -> bool:
+        """Whether the run before this one came to no end of its own: its process was killed, or crashed. To be asked before
+        `begin_run`."""
+        row = self._db.execute("SELECT status FROM runs ORDER BY run DESC LIMIT 1").fetchone()
+        return row is not None and row[0] in ("running", "died")
+
     @writing()
     def end_run(self, ended: float, status: str, stats: Mapping[str, Any]) -> None:
         """Write how the run ended: done, failed, drained, cancelled, no_workers, bad_model or output_error."""

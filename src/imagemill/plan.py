@@ -184,7 +184,8 @@ def problems(task: Task, family: Traits) -> list[Problem]:
     found += _answer_problems(task) if answers(family) else [*_number_problems(task, family), *_path_problems(task)]
     for name in OPTIONAL_FIELDS:
         if getattr(task, name) not in (None, ()) and name not in family.fields:
-            found.append(Problem(name, f"the model {task.model!r} (family {family.name}) does not take it; remove it"))
+            mend = "name one that edits (--model; `imagemill models` lists them)" if name == "images" else "remove it"
+            found.append(Problem(name, f"the model {task.model!r} (family {family.name}) does not take it; {mend}"))
     if task.images == () and "images" in family.fields and "prompt_only" not in family.fields:
         found.append(Problem("images", f"the model {task.model!r} edits pictures; name at least one"))
     if len(task.images) > family.max_images and "images" in family.fields:

@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +20,9 @@ from imagemill.records import Receipt
 from imagemill.sinks.files import TEMPORARY
 
 LOCK_NAME = ".imagemill.lock"
+LOCK_PATIENCE = 0.5
+"""Seconds: a child that a killed driver has only forked holds its lock until it is a program of its own."""
+
 PAGE = 1024
 """Pictures that are looked at together."""
 
@@ -58,7 +62,7 @@ class OutputFolder:
         lock = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         self._locks.append(lock)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
             self._lock_folder()
         except BlockingIOError:
             holder = os.read(lock, 20).decode(errors="replace").strip()
@@ -76,7 +80,7 @@ class OutputFolder:
         folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._locks.append(folder)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(folder)
         except BlockingIOError:
             raise
         except OSError:
@@ -204,6 +208,19 @@ class OutputFolder:
         except OSError as error:
             raise OutputError(f"{path}: cannot be removed: {error.strerror}") from error
         return 1
+
+
+def _lock(handle: int) -> None:
+    """Lock the open file. Raises `BlockingIOError` when another process keeps it."""
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.02)
 
 
 def _make(path: Path) -> None:

@@ -18,6 +18,9 @@ SEMANTICS_VERSION = 1
 LABEL_VARIABLE = "IMAGEMILL_WORKER_LABEL"
 """The environment variable that tells a worker process what its device is called."""
 
+WORKER_THREAD = "imagemill-worker"
+"""The name of the thread of a worker inside the driver's process."""
+
 # --- what a user asks for ---------------------------------------------------------------------------------------------
 
 

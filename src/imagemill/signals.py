@@ -48,16 +48,18 @@ def stop_signals(work: Stoppable, show: Progress) -> Iterator[list[int]]:
             if code:
                 return
         code.append(128 + number)
-        under_way = work.drain() if len(code) == 1 else work.cancel()
+        if len(code) == 1:
+            if not work.drain():
+                raise KeyboardInterrupt
+            say("stopping: what is in flight is finished; again to stop at once")
+            return
+        # What has ended by then is being closed: torn out of that, the command would leave no report.
+        work.cancel()
         if len(code) == 2:
             # A worker inside this process that hangs cannot be ended; whatever it does, we go.
             last_resort = threading.Timer(AT_ONCE, os._exit, [code[0]])
             last_resort.daemon = True
             last_resort.start()
-        if not under_way:
-            raise KeyboardInterrupt
-        if len(code) == 1:
-            say("stopping: what is in flight is finished; again to stop at once")
 
     caught = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

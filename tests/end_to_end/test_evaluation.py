@@ -455,12 +455,12 @@ def test_a_mistake_is_one_line_and_starts_nothing(number: int, refusals: list[En
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
 def test_items_that_make_no_task_are_named_with_a_mend_that_eval_has(more: Sequence[str], place: Workplace) -> None:
     bench(place, 2)
-    place.write("odd.yaml", "bench: items.jsonl\nedit: {model: tiny-edit, size: 100x96}\njudge: fake\nout: out\n")
-    ended = place("eval", "odd.yaml", "--device", "cpu", *more)
+    command = ("eval", "items.jsonl", "--edit-model", "tiny", "--judge", "fake", "--device", "cpu", "--out", "out")
+    ended = place(*command, *more)
     assert ended.code == 2, ended.text
     first, second, hint = ended.err.splitlines()
-    assert "item e0: width: is 100; flux2 takes multiples of 16" in first
-    assert second.startswith("item e1: width: ")
+    assert "item e0: images: the model 'tiny' (family z_image) does not take it; name one that edits" in first
+    assert second.startswith("item e1: images: ")
     assert hint == "nothing was started; mend the items, or choose others (--categories)"
 
 

@@ -423,7 +423,9 @@ def test_generate_batch_replaces_files_and_leaves_nothing_else_behind(here: Path
         ([{"prompt": "a", "steps": "x"}], "steps"),
         ([{"prompt": "a", "output_path": "a.png"}, {"prompt": "b", "output_path": "A.png"}], "A.png"),
         ([{"prompt": "a", "lora_path": "gone.safetensors", "lora_strength": 0.8}], "gone.safetensors"),
-        ([{"prompt": "a", "num_images": 2}], "num_images"),
+        ([{"prompt": "a"}, {"prompt": "a", "num_images": 2}], "task 2: num_images"),
+        ([{"prompt": "a"}, {"prompt": ""}], "task 2: prompt"),
+        ([{"prompt": "a"}, 5], "task 2: int is no dict"),
     ],
 )
 def test_generate_batch_refuses_dicts_that_cannot_be_used(tasks: list[dict[str, Any]], words: str, here: Path) -> None:

@@ -175,10 +175,18 @@ def test_failed_tasks_stay_failed(failed: Workplace) -> None:
     assert failed.attempts() == {"good": 1, "bad": 1, "nan": 2}
 
 
-@pytest.mark.parametrize("option", ["--retry-failed", "--retry-failed=all", "--retry-failed=bad_task,bad_output"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--retry-failed",
+        "--retry-failed=all",
+        "--retry-failed=bad_task,bad_output",
+        "--retry-failed bad_task,bad_output",
+    ],
+)
 def test_retry_failed_tries_all_of_them_again(option: str, failed: Workplace) -> None:
     before = inodes(failed.folder / "out")["good.png"]
-    ended = failed.fake("tasks.jsonl", "out", option)
+    ended = failed.fake("tasks.jsonl", "out", *option.split())
     assert ended.code == 0, ended.text
     assert set(failed.states().values()) == {"done"}
     assert [one["kind"] for one in failed.results()] == [None] * 3

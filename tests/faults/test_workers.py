@@ -345,6 +345,19 @@ def test_when_no_device_loads_the_run_ends_clearly_and_goes_on_later(
 # --- 7: tasks that kill -----------------------------------------------------------------------------------------------
 
 
+def test_a_task_that_crashes_the_command_itself_costs_itself_alone_when_the_command_goes_on(
+    place: Workplace, golden: dict[str, str]
+) -> None:
+    place.tasks(rows(6, t2={"crash": "segv"}))
+    assert place.fake("tasks.jsonl").code == -signal.SIGSEGV
+    ended = place.fake("tasks.jsonl", **at_start(place, HASTE))
+    assert "its worker now has a process of its own" in ended.err
+    after(place, ended, golden=golden, ids=names(6))
+    assert ended.code == 1, ended.text
+    assert place.states() == {name: "failed" if name == "t2" else "done" for name in sorted(names(6))}
+    assert {kind for _, _, kind in faults(place)} == {"worker_lost"}
+
+
 @pytest.mark.parametrize(
     ("batch", "mode"),
     [("4", ()), ("1", (AHEAD,)), pytest.param("4", (AHEAD,), marks=pytest.mark.slow)],
@@ -361,8 +374,7 @@ def test_tasks_that_kill_every_worker_are_given_up_after_two_devices_and_nothing
     assert ended.code == 1, ended.text
     assert {name for name, state in states.items() if state == "failed"} == set(poison)
     for name in poison:
-        alone = place.ledger(f"SELECT worker FROM attempts WHERE id = '{name}' AND batch_size = 1")
-        assert sorted(alone) == [(0,), (1,)]
+        assert set(makers(place, name)) == {0, 1}
 
 
 def test_a_task_that_kills_the_only_worker_is_given_up_after_two(place: Workplace, golden: dict[str, str]) -> None:

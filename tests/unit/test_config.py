@@ -147,6 +147,10 @@ def test_guidance_scale_is_another_name_of_guidance(tmp_path: Path) -> None:
         ("model: ''", "config.yaml: model: is empty"),
         ("batch_size: 0", "config.yaml: batch_size: 0 is no batch size; write auto or a whole number from 1 to 1024"),
         ("batch_size: true", "config.yaml: batch_size: true is no batch size"),
+        (
+            "limits: {parallel_loads: 0}",
+            "config.yaml: limits.parallel_loads: 0 is no number of loads; write auto or a whole number from 1 to 4096",
+        ),
         ("compile: maybe", "config.yaml: compile: 'maybe' is not one of auto, on, off"),
         ("precision: int4", "config.yaml: precision: 'int4' is not one of bf16, fp8"),
         ("attention: 3", "config.yaml: attention: 3 is no attention back end; write auto, or a name such as native"),

@@ -175,9 +175,31 @@ def test_skipped_rows_are_reported_with_their_place_and_do_not_count_as_bad(fold
     ledger.close()
 
 
-def test_a_source_without_a_task_is_refused(folder: Folder) -> None:
-    with pytest.raises(InputError, match="no task that could run"):
+def test_a_source_without_a_task_is_refused_with_the_reason(folder: Folder) -> None:
+    with pytest.raises(InputError, match="no task that could run: it is empty; write a row"):
         folder.takes()
+    rows = [Row(number, f"tweets[{number}]", None, skipped="has no scene_hint") for number in range(3)]
+    with pytest.raises(InputError, match=r"could run: tweets\[0\]: has no scene_hint \(and 2 more like it\)"):
+        folder.takes(rows=iter(rows))
+    with pytest.raises(InputError, match="could run: task 1: steps: is 0"):
+        folder.takes(task("a", steps=0), skip_bad=True)
+
+
+def test_no_row_is_blamed_for_a_size_of_the_run(tmp_path: Path) -> None:
+    for skip in (False, True):
+        intake = Intake(
+            Settings(size=(128, 130)),
+            Models(models.resolve, "tiny"),
+            ledger := Ledger(tmp_path / f"{skip}.sqlite"),
+            folder := OutputFolder(tmp_path / str(skip)),
+        )
+        admission = intake.stage(from_iterable([{"prompt": "a"}, {"prompt": "b", "size": "64x64"}]))
+        with pytest.raises(
+            InputError, match="size: 128x130: z_image takes multiples of 16; write 128x128, for example"
+        ):
+            intake.check(admission, skip_bad=skip, rerun_changed=False)
+        ledger.close()
+        folder.close()
 
 
 def test_rows_are_staged_one_at_a_time_and_never_held(folder: Folder) -> None:

@@ -158,7 +158,7 @@ def test_bad_and_skipped_rows_keep_their_index_so_that_seeds_do_not_move(tmp_pat
     assert [row.index for row in rows] == [0, 1, 2]
     assert rows[1].task is None
     assert rows[1].problems[0].field == "line"
-    assert "does not read as JSON at column" in rows[1].problems[0].message
+    assert "does not read as JSON at column 12:" in rows[1].problems[0].message
     assert rows[2].task is not None
     assert rows[2].task.id == "000003"
 

@@ -14,6 +14,7 @@ from imagemill.config.values import (
     as_base_url,
     as_batch,
     as_gpus,
+    as_loads,
     as_schedule,
     as_switch,
     as_tuple,
@@ -79,7 +80,7 @@ class LimitSettings(_Section):
 
     load_timeout: Seconds = 1800.0
     task_timeout: Seconds = 600.0
-    parallel_loads: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
+    parallel_loads: Annotated[int | Literal["auto"], BeforeValidator(as_loads)] = "auto"
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     read_ahead: Count = 1024
 

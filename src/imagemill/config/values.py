@@ -134,6 +134,13 @@ def as_batch(value: Any) -> Any:
     raise ValueError(f"{shown(value)} is no batch size; write auto or a whole number from 1 to 1024")
 
 
+def as_loads(value: Any) -> Any:
+    """`auto`, or how many workers load at once."""
+    if value == "auto" or (type(value) is int and 1 <= value <= 4096):
+        return value
+    raise ValueError(f"{shown(value)} is no number of loads; write auto or a whole number from 1 to 4096")
+
+
 def as_attention(value: Any) -> Any:
     """`auto`, or a name as diffusers gives its attention back ends."""
     if isinstance(value, str) and re.fullmatch(r"[a-z_][a-z0-9_]*", value):

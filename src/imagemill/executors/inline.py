@@ -11,7 +11,7 @@ from typing import Any
 
 from imagemill import wire
 from imagemill.errors import NoWorkersError
-from imagemill.records import Event, ModelSpec, WorkerLost, WorkerSpec, WorkOrder
+from imagemill.records import WORKER_THREAD, Event, ModelSpec, WorkerLost, WorkerSpec, WorkOrder
 from imagemill.runners import Cancelled
 from imagemill.worker import Worker
 
@@ -46,7 +46,7 @@ class InlineExecutor:
         self._stop, self._inbox, self._killed_at = threading.Event(), queue.SimpleQueue(), 0.0
         self._live = True
         self._thread = threading.Thread(
-            target=self._serve, args=(specs[0], self._inbox, self._stop), name="imagemill-worker", daemon=True
+            target=self._serve, args=(specs[0], self._inbox, self._stop), name=WORKER_THREAD, daemon=True
         )
         self._thread.start()
 

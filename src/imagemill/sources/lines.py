@@ -62,7 +62,7 @@ def read_jsonl(stream: BinaryIO, name: str, prompt_column: str | None, base: Pat
             continue
         place = f"{name}, line {number}"
         try:
-            data = parse_json(line)
+            data = parse_json(line.rstrip("\r\n"))
         except ValueError as error:
             yield bad_row(index, place, "line", str(error))
         else:
