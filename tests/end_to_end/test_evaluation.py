@@ -254,7 +254,9 @@ def test_an_edit_that_fails_and_a_source_that_does_not_read_have_no_score(place:
 
 def test_what_the_judge_declines_is_refused(place: Workplace) -> None:
     bench(place, 3, lambda number: {"answer": "I'm sorry, I can't assist with that."} if number == 0 else {})
-    assert place(*FAKE).code == 1
+    ended = place(*FAKE)
+    assert ended.code == 1
+    assert "--rejudge failed asks the judge again" in ended.out
     assert statuses(place)["e0"] == "refused"
 
 
@@ -262,7 +264,10 @@ def test_an_item_without_a_target_is_a_missing_image_for_the_judge_reference(pla
     bench(place, 3)
     rows = [json.loads(line) for line in (place.folder / "items.jsonl").read_text("utf-8").splitlines()]
     place.tasks([{**row, "target": "source0.png"} if row["id"] != "e1" else row for row in rows], "items.jsonl")
-    assert place(*EVAL, "--judge", "reference").code == 1
+    ended = place(*EVAL, "--judge", "reference")
+    assert ended.code == 1
+    assert "1 of 3 items name no target and will have no score" in ended.err
+    assert "(1 missing_image); the report says why" in ended.out
     assert statuses(place) == {"e0": "ok", "e1": "missing_image", "e2": "ok"}
     bench(place, 3)
     ended = place(*EVAL, "--judge", "reference")

@@ -132,7 +132,7 @@ class Evaluation:
         # Both before the start: a judge that cannot be had is told before hours of editing.
         editor, judged_by = (crew.find_models(stage).get(None).spec for stage in stages)
         judges.check_endpoint(judged_by)
-        edits = self._edit(items, stages[0])
+        edits = self._edit(items, stages[0], without_target(items, judge))
         if edits is None:
             return EvalReport(self.folder, len(items), stopped=True)
         asked = list(self._asks(items, edits, judge))
@@ -169,11 +169,13 @@ class Evaluation:
 
     # --- the stages -------------------------------------------------------------------------------------------------
 
-    def _edit(self, items: Sequence[Item], settings: Settings) -> Edits | None:
-        """All edits; None when the stage was stopped."""
+    def _edit(self, items: Sequence[Item], settings: Settings, note: str) -> Edits | None:
+        """All edits; None when the stage was stopped. The note is shown before the first."""
         gone = missing(items)
         rows = edit_rows([item for item in items if item.id not in gone], stage_settings.seed(self.settings))
         show = self._shows(EDITS, "picture")
+        if note:
+            show.note(note)
         outcomes = self._stage(rows, EDITS, settings, self._options, show)
         if outcomes is None:
             return None
@@ -263,6 +265,12 @@ def check(items: Sequence[Item], judge: Examiner) -> None:
             "the judge reference compares edits with targets, and no item has one; take another judge "
             "(preservation compares with the source)"
         )
+
+
+def without_target(items: Sequence[Item], judge: Examiner) -> str:
+    """What is to be said of items that the judge cannot judge; empty where there are none."""
+    count = sum(not judge.can_judge(item) for item in items)
+    return f"{count} of {len(items)} items name no target and will have no score" if count else ""
 
 
 def missing(items: Iterable[Item]) -> dict[str, str]:

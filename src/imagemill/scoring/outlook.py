@@ -14,7 +14,7 @@ from imagemill.forecast import forecast
 from imagemill.listing import columns, forecast_text, gib
 from imagemill.scoring import stage_settings
 from imagemill.scoring.controls import CONTROLS
-from imagemill.scoring.evaluation import EDITS, by_item, check, edit_rows, items_of, missing
+from imagemill.scoring.evaluation import EDITS, by_item, check, edit_rows, items_of, missing, without_target
 from imagemill.scoring.examiner import Examiner, examiner
 from imagemill.scoring.item import Item
 from imagemill.scoring.settings import EvalSettings
@@ -62,8 +62,7 @@ def _judging(settings: EvalSettings, items: Sequence[Item], judge: Examiner) -> 
     choice = crew.choose(stage, book.used(), count)
     lines = [f"Stage 2, the judgments, by {spec.name}: {count} of the edits"]
     lines[0] += f" and {count * controls} of the controls, at most" if controls else ", at most"
-    without = sum(not judge.can_judge(item) for item in items)
-    lines += [f"  {without} items have no target: they get no score"] if without else []
+    lines += [f"  {without}"] if (without := without_target(items, judge)) else []
     lines.append(f"  score: {judge.headline}, {judge.scale}")
     lines.append(f"  memory needed by a worker: {gib(spec.memory) if spec.memory else 'next to none'}")
     lines.append(f"  workers: {', '.join(device.label for device in choice.devices)}")
