@@ -32,8 +32,8 @@ def edited_size(
         return output_size(wide, high, pixels, multiple)
     aspect = _aspect(wide, high)
     return (
-        _to_multiple((height or 0) * aspect, multiple) if width is None else width,
-        _to_multiple((width or 0) / aspect, multiple) if height is None else height,
+        to_multiple((height or 0) * aspect, multiple) if width is None else width,
+        to_multiple((width or 0) / aspect, multiple) if height is None else height,
     )
 
 
@@ -43,12 +43,13 @@ def output_size(width: int, height: int, pixels: int, multiple: int) -> tuple[in
     Both sides are multiples of `multiple`, each rounded to the nearest.
     """
     aspect = _aspect(width, height)
-    return _to_multiple(math.sqrt(pixels * aspect), multiple), _to_multiple(math.sqrt(pixels / aspect), multiple)
+    return to_multiple(math.sqrt(pixels * aspect), multiple), to_multiple(math.sqrt(pixels / aspect), multiple)
 
 
 def _aspect(width: int, height: int) -> float:
     return min(max(width / height, 1 / MAX_ASPECT), MAX_ASPECT)
 
 
-def _to_multiple(side: float, multiple: int) -> int:
+def to_multiple(side: float, multiple: int) -> int:
+    """The multiple nearest to the side, at least one."""
     return max(multiple, math.floor(side / multiple + 0.5) * multiple)

@@ -254,9 +254,10 @@ class Engine:
                 again = intake.again(options.again, options.retry)
                 to_do = comparison.to_do(options.retry) + len(again)
                 choice = self._choose(book, to_do)
+                shapes = tuple(ledger.staging.shapes()) if to_do else ()
                 if to_do:
-                    self._remark(book, ledger)
-                tuned = self._tune(book, choice, ledger.staging.shapes(), comparison.total)
+                    self._remark(book, shapes)
+                tuned = self._tune(book, choice, shapes, comparison.total)
                 self._begin(ledger, folder)
                 crash_point("before-accept")
                 intake.accept(admission, retry=options.retry, again=again)
@@ -295,10 +296,9 @@ class Engine:
             self._progress.note(line)
         return choice
 
-    def _remark(self, book: Models, ledger: Ledger) -> None:
+    def _remark(self, book: Models, shapes: Iterable[Shape]) -> None:
         """Say what of the run will not do what its user hoped."""
-        sizes = trained_sizes.remarks(book.used(), ledger.staging.shapes())
-        for line in (*untaken.remarks(self.settings, book.used()), *sizes):
+        for line in (*untaken.remarks(self.settings, book.used()), *trained_sizes.remarks(book.used(), shapes)):
             self._progress.note(line)
 
     def _hire(self, choice: Choice, book: Models, path: Path, died: bool) -> Crew:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from imagemill import plan
+from imagemill import canvas, plan
 from imagemill.config import Settings
 from imagemill.config.wording import shown
 from imagemill.downloads import FOLDER, Downloads
@@ -250,7 +250,7 @@ class Intake:
         for model in self.models.used():
             unit, name = model.planned.family.multiple, model.planned.family.name
             if width % unit or height % unit:
-                near = "x".join(str(max(1, round(side / unit)) * unit) for side in (width, height))
+                near = "x".join(str(canvas.to_multiple(side, unit)) for side in (width, height))
                 raise ConfigError(
                     f"size: {width}x{height}: {name} takes multiples of {unit}; write {near}, for example"
                 )

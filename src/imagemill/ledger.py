@@ -18,9 +18,8 @@ from typing import Any
 from imagemill import wire
 from imagemill.crashpoints import crash_point
 from imagemill.errors import ImagemillError, LedgerError, OutputError
-from imagemill.plan import length
-from imagemill.records import Outcome, PlannedTask, Receipt, Settle, Ticket
-from imagemill.staging import Staging, writing
+from imagemill.records import Outcome, PlannedTask, Receipt, Settle
+from imagemill.staging import Staging, from_row, writing
 
 FILE_NAME = "ledger.sqlite"
 VERSION = "1"
@@ -256,17 +255,16 @@ class Ledger:
 
     def _row(self, row: Sequence[Any]) -> tuple[PlannedTask, Outcome | None]:
         position, print_, text, needs, group, cost, state, kind, message, attempts, worker, elapsed, receipt = row
-        task = wire.task_from_json(text)
-        planned = PlannedTask(task, print_, Ticket(position, tuple(json.loads(needs)), group, cost, length(task)))
+        planned = from_row(position, print_, text, needs, group, cost)
         if state == "pending":
             return planned, None
         made = wire.adapter(Receipt).validate_json(receipt) if receipt else None
         kept = made is not None and made.path
         outcome = Outcome(
-            task=task,
+            task=planned.task,
             seq=position,
             state=state,
-            path=str(self.folder / (task.output_path or "")) if state == "done" and kept else "",
+            path=str(self.folder / (planned.task.output_path or "")) if state == "done" and kept else "",
             kind=kind,
             message=message or "",
             attempts=attempts,

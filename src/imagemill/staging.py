@@ -96,6 +96,12 @@ def _unseen(task: Mapping[str, Any]) -> str:
     return f"the model, or {'a picture it edits' if task.get('images') else 'a file it reads'}, has changed"
 
 
+def from_row(position: int, fingerprint: str, text: str, needs: str, group: str, cost: float) -> PlannedTask:
+    """The planned task of a row; `text` is the task as JSON, `needs` is a JSON list."""
+    task = wire.task_from_json(text)
+    return PlannedTask(task, fingerprint, Ticket(position, tuple(json.loads(needs)), group, cost, length(task)))
+
+
 class Staging:
     """The staged rows of an open ledger; `begin` opens a transaction that `apply` commits and `abandon` rolls back."""
 
@@ -243,9 +249,7 @@ class Staging:
                 "FROM incoming i LEFT JOIN tasks t USING (id) ORDER BY i.position"
             )
             for position, print_, task, needs, group, cost, state, kind in rows:
-                read = wire.task_from_json(task)
-                ticket = Ticket(position, tuple(json.loads(needs)), group, cost, length(read))
-                yield PlannedTask(read, print_, ticket), state, kind
+                yield from_row(position, print_, task, needs, group, cost), state, kind
 
     @writing()
     def apply(self, run: int, *, retry: Sequence[str] = (), again: Iterable[str] = ()) -> None:

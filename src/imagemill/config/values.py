@@ -129,16 +129,18 @@ def as_switch(value: Any) -> Any:
 
 def as_batch(value: Any) -> Any:
     """`auto`, or how many tasks run together."""
-    if value == "auto" or (type(value) is int and 1 <= value <= 1024):
-        return value
-    raise ValueError(f"{shown(value)} is no batch size; write auto or a whole number from 1 to 1024")
+    return _auto_or_count(value, "batch size", 1024)
 
 
 def as_loads(value: Any) -> Any:
     """`auto`, or how many workers load at once."""
-    if value == "auto" or (type(value) is int and 1 <= value <= 4096):
+    return _auto_or_count(value, "number of loads", 4096)
+
+
+def _auto_or_count(value: Any, what: str, most: int) -> Any:
+    if value == "auto" or (type(value) is int and 1 <= value <= most):
         return value
-    raise ValueError(f"{shown(value)} is no number of loads; write auto or a whole number from 1 to 4096")
+    raise ValueError(f"{shown(value)} is no {what}; write auto or a whole number from 1 to {most}")
 
 
 def as_attention(value: Any) -> Any:
