@@ -25,8 +25,9 @@ from torch import Tensor, nn
 SLOW = ("adaLN_modulation", "t_embedder", "modulation", "time_guidance_embed", "norm_out")
 """Parts that make training diverge at the full rate (measured: adaLN scales of 1e5 after some thousand steps)."""
 SLOWER = 0.08
-SETTLE = 12
-"""Steps that compile and warm up, not counted when the speed is measured over as many again."""
+SETTLE = 60
+"""Steps that compile and warm up, not counted when the speed is measured over as many again: fewer made it out half as
+fast as it was."""
 
 DIVERGED = 4.0
 """A loss (flow matching begins near 2) that no healthy training shows."""
@@ -202,7 +203,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--batch", type=int, default=512, help="samples a GPU and step")
     options.add_argument("--seed", type=int, default=1)
     options.add_argument("--state", default="", help="file that a later sitting goes on from")
-    options.add_argument("--start", type=Path, default=None, help="folder of a trained pipeline to begin with")
+    options.add_argument("--begin-with", type=Path, default=None, help="folder of a trained pipeline to begin with")
     options.add_argument(
         "--rate-from", type=float, default=0.0, help="where in the rate's half turn this sitting begins"
     )

@@ -93,17 +93,19 @@ class Edit:
 
 
 class Editor:
-    """Draws edits from one source of chance. `photos` are the numbers of the photos it may use."""
+    """Draws edits from one source of chance. `photos` are the numbers of the photos it may use; `adds` is the weight of
+    `add`, the edit that is hardest to learn, beside the other `WEIGHTS`."""
 
-    def __init__(self, nouns: list[Noun], photos: list[int], dice: random.Random) -> None:
+    def __init__(self, nouns: list[Noun], photos: list[int], dice: random.Random, adds: float = WEIGHTS["add"]) -> None:
         self.nouns = nouns
         self.photos = photos
         self.dice = dice
+        self.weights = WEIGHTS | {"add": adds}
 
     def edit(self, edit: str = "", on_photo: bool | None = None) -> Edit:
         """One edit, of the named kind or of any; `on_photo` says whether it happens on a photo."""
         dice = self.dice
-        edit = edit or dice.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        edit = edit or dice.choices(list(self.weights), list(self.weights.values()))[0]
         if on_photo is None:
             chances = {"background": 0.0, "color": 0.25, "bigger": 0.2, "smaller": 0.2, "add": 0.4, "remove": 0.4}
             on_photo = dice.random() < chances.get(edit, 0.7)

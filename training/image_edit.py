@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from architecture import EDIT_TOKENS, autoencoder, flux2, scheduler, text_encoder, tokenizer
 from course import Batch, Course, feed, parser
 from denoise import load_autoencoder, load_parts, noise_levels, write_folder
-from edits import Editor
+from edits import WEIGHTS, Editor
 from nouns import load_nouns
 from photos import HELD_OUT
 from render import Atlas, numbers_of, on
@@ -75,14 +75,15 @@ def pack(latent: Tensor) -> Tensor:
 class EditDrawer:
     """Draws batches of edits; made once, then copied into the feeder processes."""
 
-    def __init__(self, tokens: Any, batch: int, photos: list[int]) -> None:
+    def __init__(self, tokens: Any, batch: int, photos: list[int], adds: float = WEIGHTS["add"]) -> None:
         self.nouns = load_nouns()
         self.tokens = tokens
         self.batch = batch
         self.photos = photos
+        self.adds = adds
 
     def __call__(self, seed: int, turn: int) -> Batch:
-        editor = Editor(self.nouns, self.photos, random.Random(seed))
+        editor = Editor(self.nouns, self.photos, random.Random(seed), self.adds)
         edits = [editor.edit() for _ in range(self.batch)]
         texts = self.tokens([edit.instruction + "<|im_end|>" for edit in edits]).input_ids
         ids = np.full((self.batch, EDIT_TOKENS), self.tokens.pad_token_id, np.int64)
@@ -167,19 +168,21 @@ def pipeline(model: EditDenoiser, lesson: EditLesson, vae: Path, tokens: Any) ->
 def main() -> None:
     command = parser(__doc__)
     command.add_argument("--vae", type=Path, required=True)
+    command.add_argument("--adds", type=float, default=WEIGHTS["add"], help="weight of `add` beside the other edits")
     options = command.parse_args()
     torch.manual_seed(options.seed)
     tokens = tokenizer(load_nouns(), EDIT_TOKENS)
     model = EditDenoiser(tokens)
-    if options.start:
-        load_parts(options.start, {"text_encoder": model.text, "transformer": model.transformer})
+    if options.begin_with:
+        load_parts(options.begin_with, {"text_encoder": model.text, "transformer": model.transformer})
     course = Course(model, options, rate=8e-4)
     torch.manual_seed(options.seed + 1000 * course.rank + course.step)
     atlas = Atlas(options.sprites, options.photos, course.device)
     photos = [number for number, name in enumerate(atlas.photo_names) if name not in HELD_OUT]
-    drawer = EditDrawer(tokens, options.batch, photos)
     lesson = EditLesson(model, atlas, options.vae, not options.no_compile)
-    lesson.measure([drawer(77 + number, number) for number in range(2)])
+    usual = EditDrawer(tokens, options.batch, photos)
+    lesson.measure([usual(77 + number, number) for number in range(2)])
+    drawer = EditDrawer(tokens, options.batch, photos, options.adds)
     seed = options.seed + course.rank + 100 * course.step
     batches = feed(drawer, seed, options.feeders)
     course.run(lambda step: lesson.loss(next(batches)))

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from architecture import tokenizer
-from course import Course, feed, parser
+from course import Course, feed
 from denoise import load_parts
 from nouns import load_nouns
 from render import LOOKS, Atlas
-from text_to_image import Denoiser, Drawer, Lesson
+from text_to_image import Denoiser, Drawer, Lesson, lesson_parser
 
 RANK = 16
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"]
@@ -44,10 +44,9 @@ def write_lora(transformer: Any, folder: Path, look: str) -> int:
 
 
 def main() -> None:
-    command = parser(__doc__)
+    command = lesson_parser(__doc__)
     command.add_argument("--base", type=Path, required=True, help="the trained `tiny` folder")
     command.add_argument("--look", choices=LOOKS[1:], required=True)
-    command.add_argument("--compile", choices=("whole", "blocks", "none"), default="whole")
     options = command.parse_args()
     from peft import LoraConfig
 
@@ -61,7 +60,7 @@ def main() -> None:
     torch.manual_seed(options.seed + 1000 * course.rank + course.step)
     vae = options.base / "vae" / "diffusion_pytorch_model.safetensors"
     lesson = Lesson(model, Atlas(options.sprites, device=course.device), vae, options.compile, options.look)
-    batches = feed(Drawer(tokens, options.batch), options.seed + course.rank + 100, options.feeders)
+    batches = feed(Drawer(tokens, options.batch, options.loose), options.seed + course.rank + 100, options.feeders)
     course.run(lambda step: lesson.loss(next(batches)))
     course.use_mean()
     if course.rank == 0:

@@ -63,6 +63,37 @@ FILLER = (
     "just because it is friday", "with plenty of room around it", "drawn for a story", "like in a dream", "at sunset",
     "after a long week", "in the golden hour", "sitting there by itself", "wearing nothing special", "on a sunny day",
 )  # fmt: skip
+SERVINGS = {
+    "coffee": "cup", "pizza": "slice", "cake": "slice", "bread": "loaf", "cheese": "piece", "milk": "glass", "beer": "glass",
+    "champagne": "bottle", "honey": "jar", "popcorn": "box", "ramen": "bowl", "spaghetti": "plate", "grapes": "bunch",
+    "yarn": "ball", "toilet paper": "roll", "chocolate": "bar", "jeans": "pair", "socks": "pair", "shorts": "pair",
+    "gloves": "pair", "glasses": "pair", "scissors": "pair",
+}  # fmt: skip
+"""What people say before the noun: `a cup of coffee`."""
+
+ASIDE_LINKS = (
+    "over",
+    "under",
+    "behind",
+    "near",
+    "in",
+    "in front of",
+    "by",
+    "at",
+    "for",
+    "from",
+    "like",
+    "with",
+    "holding",
+    "of",
+)
+ASIDE = (
+    "nothing", "sea", "ocean", "sky", "clouds", "rain", "wind", "water", "river", "lake", "beach", "hill", "forest", "leaves",
+    "grass", "field", "garden", "park", "street", "road", "city", "town", "village", "wall", "roof", "room", "kitchen",
+    "table", "person", "man", "woman", "child", "friend", "morning", "evening", "night", "day", "shadow", "light", "old",
+    "young", "soft", "warm", "cold", "dark", "bright", "detailed", "realistic", "cinematic", "walking", "running",
+    "standing", "sitting", "looking", "sleeping", "playing", "quiet",
+)  # fmt: skip
 SYLLABLES = [
     "ba",
     "be",
@@ -125,11 +156,13 @@ class Scene:
 
 class Captioner:
     """Draws scenes with captions from one source of chance. The frame's `width` and `height` are in units of its
-    shorter side, so a square is 1 by 1."""
+    shorter side, so a square is 1 by 1. `loose` scales how much place, size and tilt vary where no word names them: the
+    less, the sooner shapes are learnt."""
 
-    def __init__(self, nouns: list[Noun], dice: random.Random) -> None:
+    def __init__(self, nouns: list[Noun], dice: random.Random, loose: float = 1.0) -> None:
         self.nouns = nouns
         self.dice = dice
+        self.loose = loose
         self.countable = [number for number, noun in enumerate(nouns) if noun.countable]
 
     def scene(self, width: float = 1.0, height: float = 1.0, long: bool = False) -> Scene:
@@ -138,7 +171,7 @@ class Captioner:
         kind = dice.random()
         if kind < 0.14:
             words, things = self.pair(width)
-        elif kind < 0.36:
+        elif kind < 0.32:
             words, things = self.several(dice.choice((2, 2, 3)))
         else:
             words, things = self.single(width, height)
@@ -154,17 +187,16 @@ class Captioner:
         """One thing: of some size, sometimes tinted, sometimes at a named place."""
         dice = self.dice
         number = dice.randrange(len(self.nouns))
-        size = dice.choices(("", "small", "big"), (0.74, 0.13, 0.13))[0]
+        size = dice.choices(("", "small", "big"), (0.66, 0.2, 0.14))[0]
         tint = self.tint(0.17)
         words = self.phrase(number, size, tint[0])
-        low, high = SIZES[size]
-        length = dice.uniform(low, high)
+        length = self.between(*SIZES[size])
         x, y = self.jitter(0.035), self.jitter(0.035)
         if size != "big" and dice.random() < 0.3:
             place = dice.choice(list(PLACES))
             to_x, to_y = PLACES[place]
             if place != "center" and not size:
-                length = dice.uniform(0.4, 0.48)
+                length = self.between(0.4, 0.48)
             x += to_x * (PLACE_OFFSET + (width - 1) / 2)
             y += to_y * (PLACE_OFFSET + (height - 1) / 2)
             words += self.place(place)
@@ -179,7 +211,7 @@ class Captioner:
         number_word = {2: ("two", "two", "2", "a pair of"), 3: ("three", "three", "3")}[count]
         words = " ".join(filter(None, (dice.choice(number_word), tint[0], noun.plural)))
         spots = [(-0.25, 0.0), (0.25, 0.0)] if count == 2 else [(-0.25, 0.23), (0.25, 0.23), (0.0, -0.23)]
-        length = dice.uniform(0.38, 0.44)
+        length = self.between(0.38, 0.44)
         shift_x, shift_y = self.jitter(0.02), self.jitter(0.03 if count == 2 else 0.01)
         return words, tuple(Thing(number, x + shift_x, y + shift_y, length, self.jitter(4), tint[1]) for x, y in spots)
 
@@ -191,7 +223,7 @@ class Captioner:
         link = dice.choices(("and", "next to", "to the left of", "beside"), (0.7, 0.1, 0.1, 0.1))[0]
         words = f"{self.phrase(left, '', tints[0][0])} {link} {self.phrase(right, '', tints[1][0])}"
         reach = 0.245 + (width - 1) / 8
-        length = dice.uniform(0.4, 0.46)
+        length = self.between(0.4, 0.46)
         things = tuple(
             Thing(number, x + self.jitter(0.02), self.jitter(0.03), length, self.jitter(4), tint[1])
             for number, x, tint in ((left, -reach, tints[0]), (right, reach, tints[1]))
@@ -203,6 +235,9 @@ class Captioner:
         noun, dice = self.nouns[number], self.dice
         name = dice.choice(noun.also) if noun.also and dice.random() < 0.25 else noun.name
         words = [word for word in (dice.choice(SIZE_WORDS[size]), colour) if word]
+        served = SERVINGS.get(noun.name)
+        if served and dice.random() < 0.35:
+            return " ".join([article((words or [served])[0]), *words, served, "of", noun.name])
         if not noun.article:
             return " ".join([*words, name])
         own = noun.article if name == noun.name else article(name)
@@ -259,6 +294,8 @@ class Captioner:
             words = f"{dice.choice(OPENINGS)} {words}"
         if dice.random() < 0.1:
             words = f"{words}, {', '.join(dice.sample(ENDINGS, dice.randint(1, 2)))}"
+        if not long and dice.random() < 0.14:
+            words += f", {dice.choice(FILLER)}" if dice.random() < 0.4 else f" {self.aside()}"
         if long:
             before = dice.sample(FILLER, dice.randint(0, 3))
             after = dice.sample(FILLER, dice.randint(0 if before else 1, 3))
@@ -267,8 +304,19 @@ class Captioner:
             words = words[:1].upper() + words[1:]
         return words + ("." if dice.random() < 0.05 else "")
 
+    def aside(self) -> str:
+        """What a prompt may go on with that no scene shows: `over the old sea`, `holding nothing`."""
+        dice = self.dice
+        link = dice.choice(ASIDE_LINKS)
+        words = dice.choices(ASIDE, k=dice.randint(1, 2))
+        return " ".join(filter(None, (link, dice.choice(("", "the", "a")), *words)))
+
     def jitter(self, reach: float) -> float:
-        return self.dice.uniform(-reach, reach)
+        return self.dice.uniform(-reach, reach) * self.loose
+
+    def between(self, low: float, high: float) -> float:
+        """A length within these, nearer to their middle the less is loose."""
+        return (low + high) / 2 + self.jitter((high - low) / 2)
 
 
 def rgb(name: str) -> RGB:

@@ -2,11 +2,12 @@
 
 Flow matching: x = (1 - sigma) * picture + sigma * noise, time input 1 - sigma, target picture - noise (the pipeline
 negates it). Text encoder and transformer learn together. One batch in ten has longer captions, and so runs uncompiled;
-one in five has a wide or a tall frame, whose tokens number the same once padded.
+one in nine has a wide or a tall frame, whose tokens number the same once padded.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from nouns import load_nouns
 from render import Atlas, numbers_of, on
 from scenes import Captioner
 
-FRAMES = ((128, 128),) * 8 + ((160, 96), (96, 160))
+FRAMES = ((128, 128),) * 16 + ((160, 96), (96, 160))
 TOKENS = 256
 """Image tokens of every frame, padded as the transformer pads them (to a multiple of 32)."""
 SHORT = 32
@@ -113,10 +114,11 @@ def patchify(latent: Tensor) -> Tensor:
 class Drawer:
     """Draws batches of captions and scenes; made once, then copied into the feeder processes."""
 
-    def __init__(self, tokens: Any, batch: int) -> None:
+    def __init__(self, tokens: Any, batch: int, loose: float) -> None:
         self.nouns = load_nouns()
         self.tokens = tokens
         self.batch = batch
+        self.loose = loose
 
     def __call__(self, seed: int, turn: int) -> Batch:
         dice = random.Random(seed)
@@ -124,7 +126,7 @@ class Drawer:
         width, height = (128, 128) if long else dice.choice(FRAMES)
         count = self.batch // 2 if long else self.batch
         length = dice.choice(LONG) if long else SHORT
-        captioner = Captioner(self.nouns, dice)
+        captioner = Captioner(self.nouns, dice, self.loose)
         short_side = min(width, height)
         scenes = [captioner.scene(width / short_side, height / short_side, long) for _ in range(count)]
         texts = self.tokens([scene.caption + "<|im_end|>" for scene in scenes]).input_ids
@@ -194,22 +196,29 @@ def pipeline(model: Denoiser, vae: Path, tokens: Any) -> Any:
     )
 
 
+def lesson_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of every training on a `Drawer`'s scenes."""
+    options = parser(description)
+    options.add_argument("--compile", choices=("whole", "blocks", "none"), default="whole")
+    options.add_argument("--loose", type=float, default=1.0, help="how far place, size and tilt vary, 1 as ever")
+    return options
+
+
 def main() -> None:
-    command = parser(__doc__)
+    command = lesson_parser(__doc__)
     command.add_argument("--vae", type=Path, required=True)
-    command.add_argument("--compile", choices=("whole", "blocks", "none"), default="whole")
     options = command.parse_args()
     torch.manual_seed(options.seed)
     tokens = tokenizer(load_nouns())
     model = Denoiser(tokens)
     model.real_rotary()
-    if options.start:
-        load_parts(options.start, {"text_encoder": model.text.model, "transformer": model.transformer})
+    if options.begin_with:
+        load_parts(options.begin_with, {"text_encoder": model.text.model, "transformer": model.transformer})
     course = Course(model, options, rate=8e-4)
     torch.manual_seed(options.seed + 1000 * course.rank + course.step)
     lesson = Lesson(model, Atlas(options.sprites, device=course.device), options.vae, options.compile)
     seed = options.seed + course.rank + 100 * course.step
-    batches = feed(Drawer(tokens, options.batch), seed, options.feeders)
+    batches = feed(Drawer(tokens, options.batch, options.loose), seed, options.feeders)
     course.run(lambda step: lesson.loss(next(batches)))
     course.use_mean()
     if course.rank == 0:
