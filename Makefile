@@ -45,9 +45,9 @@ $(READY): pyproject.toml constraints.txt $(MOVED)
 	@printf '%s\n' '$(CURDIR)' > $@
 
 demo: $(READY) ## run the examples with the embedded models
-	@$(BIN)/imagemill run examples/tweets.json --out demo/tweets --workers 2
-	@$(BIN)/imagemill run examples/prompts.jsonl --out demo/prompts --workers 2
-	@$(BIN)/imagemill eval examples/bench_tiny/bench.jsonl --edit-model tiny-edit --judge reference --out demo/eval --workers 2
+	@$(BIN)/imagemill run examples/tweets.json --out demo/tweets --workers 2 --rerun-changed
+	@$(BIN)/imagemill run examples/prompts.jsonl --out demo/prompts --workers 2 --rerun-changed
+	@$(BIN)/imagemill eval examples/bench_tiny/bench.jsonl --edit-model tiny-edit --judge reference --out demo/eval --workers 2 --rerun-changed
 	@echo
 	@for folder in demo/tweets demo/prompts demo/eval; do \
 	  echo "Pictures: $(CURDIR)/$$folder ($$(find $$folder -name '*.png' -not -name '.*' | wc -l | tr -d ' ') files)"; \

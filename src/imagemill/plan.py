@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, Protocol
@@ -344,17 +344,3 @@ def fingerprint(task: Task, revision: str, image_digests: Sequence[str] = ()) ->
 
 def _number(value: float | None) -> float | None:
     return None if value is None else float(value)
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The fields in which two tasks (as JSON objects) differ, one line each: `prompt: 'a cat' -> 'a dog'`."""
-    return [
-        f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}"
-        for name in dict.fromkeys([*old, *new])
-        if name not in ("id", "metadata") and old.get(name) != new.get(name)
-    ]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

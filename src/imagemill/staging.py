@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from imagemill import wire
+from imagemill.changes import differences
 from imagemill.errors import LedgerError, OutputError
 from imagemill.guidance import Guidance, guidance
-from imagemill.plan import Problem, adapters_need, differences, length
+from imagemill.plan import Problem, adapters_need, length
 from imagemill.records import PlannedTask, Ticket
 
 MAX_TASK = 512 * 1024

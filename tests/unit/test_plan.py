@@ -374,14 +374,3 @@ def test_a_judges_task_has_no_size_no_steps_and_no_seed_whatever_the_run_says_an
 )
 def test_a_field_of_pictures_is_refused_in_a_judges_task(field: dict[str, Any]) -> None:
     assert fields_of(judged(**field), JUDGE) == [*field]
-
-
-# --- differences --------------------------------------------------------------------------------------------------------
-
-
-def test_differences_name_each_field_with_both_values_and_leave_out_what_does_not_matter() -> None:
-    old = {"id": "a", "prompt": "cat", "seed": 1, "metadata": {"n": 1}}
-    new = {"id": "b", "prompt": "dog", "seed": 1, "metadata": {"n": 2}, "steps": 4}
-    assert plan.differences(old, new) == ["prompt: 'cat' -> 'dog'", "steps: None -> 4"]
-    (line,) = plan.differences({"prompt": "x" * 500}, {"prompt": "y"})
-    assert len(line) < 120
