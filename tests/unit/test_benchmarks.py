@@ -52,12 +52,16 @@ def read(path: Path, **options: Any) -> list[Item]:
     return read_benchmark(path, **{"cache": folder / "cache", **options})
 
 
-def refusal(path: Path, **options: Any) -> str:
+def refusals(path: Path, **options: Any) -> list[str]:
+    """What is said of every bad row."""
     with pytest.raises(InputError) as caught:
         read(path, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text.replace(f"{path.parent}/", "")
+    return str(caught.value).replace(f"{path.parent}/", "").splitlines()
+
+
+def refusal(path: Path, **options: Any) -> str:
+    """What is said of the first bad row."""
+    return refusals(path, **options)[0]
 
 
 def sha(data: bytes) -> str:
@@ -92,6 +96,37 @@ def test_a_row_of_jsonl_arrives_whole(tmp_path: Path) -> None:
         Item("2", "物理", "make it blue", str(images / "a.png"), source="images/a.png", metadata={"metadata": {"a": 1}}),
     ]  # fmt: skip
     assert not (tmp_path / "cache").exists()
+
+
+def test_every_bad_row_is_named_the_first_twenty_in_full(tmp_path: Path) -> None:
+    rows = [{**ROW, "id": str(number), "instruction": "" if number % 2 else "do"} for number in range(50)]
+    lines = refusals(own(tmp_path, *rows))
+    assert lines[0] == "bench.jsonl, line 2: instruction: is empty; write one"
+    assert lines[19] == "bench.jsonl, line 40: instruction: is empty; write one"
+    assert lines[20:] == ["... and 5 more"]
+
+
+def test_every_picture_that_is_not_there_is_named_of_the_chosen_items(tmp_path: Path) -> None:
+    rows = [{**ROW, "id": name, "category": name, "image": f"images/{name}.png"} for name in ("a", "b", "x", "y", "z")]
+    path = own(tmp_path, *rows)
+    assert [line.split(";")[0] for line in refusals(path, categories=["a", "x", "y"])] == [
+        "bench.jsonl, line 3: image: there is no picture images/x.png under " + str(tmp_path),
+        "bench.jsonl, line 4: image: there is no picture images/y.png under " + str(tmp_path),
+    ]
+    assert [item.id for item in read(path, categories=["a", "b"])] == ["a", "b"]
+
+
+def test_an_address_without_a_picture_ends_the_reading(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def fetch(address: str) -> str:
+        asked.append(address)
+        raise InputError(f"{address} does not answer")
+
+    rows = [{**ROW, "id": name, "image": f"https://example.com/{name}.png"} for name in "abc"]
+    (line,) = refusals(own(tmp_path, *rows), fetch=fetch)
+    assert line == "bench.jsonl, line 1: image: https://example.com/a.png does not answer"
+    assert asked == ["https://example.com/a.png"]
 
 
 def test_chinese_is_read_when_asked_for(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def test_an_adapter_more_is_shown_whole() -> None:
 def test_long_values_are_cut_to_where_they_differ() -> None:
     (line,) = differences({"prompt": "a harbour, " * 40 + "at dawn"}, {"prompt": "a harbour, " * 40 + "at dusk"})
     before, after = line.removeprefix("prompt: ").split(" -> ")
-    assert before.startswith("...") and before.endswith("at dawn'") and after.endswith("at dusk'")
+    assert before.startswith("...")
+    assert (before[-8:], after[-8:]) == ("at dawn'", "at dusk'")
     (line,) = differences({"prompt": "x" * 500}, {"prompt": "y"})
     assert len(line) < 120
 

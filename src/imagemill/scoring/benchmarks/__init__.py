@@ -11,15 +11,17 @@ import difflib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache as cached
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Protocol
 
-from imagemill.errors import InputError
+from imagemill.errors import InputError, TaskFileError
 from imagemill.scoring.item import Item
+from imagemill.staging import SHOWN
 
 LANGUAGES = ("en", "zh", "intersection", "zh-intersection")
 """What `lang` may be; the last two are GEdit-Bench's items that every model of its paper answered."""
@@ -28,19 +30,35 @@ ALIASES = {"cn": "zh", "en-intersection": "intersection", "cn-intersection": "zh
 """Other names of languages: GEdit-Bench calls Chinese `cn`."""
 
 
+class UnreachableError(InputError):
+    """A picture whose address gave none. It ends the reading, since the next ones may well wait as long."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """How a benchmark is read.
 
     With `only` of None it is listed: every item, without its pictures (their paths are empty, their files not looked
     for). Else only the items of these ids are read, with their pictures; those inside the file are kept in `cache`, and
-    those at an address of the web are what `fetch` makes of it, a path. Without `fetch` addresses are refused.
+    those at an address of the web are what `fetch` makes of it, a path. Without `fetch` addresses are refused. What is
+    wrong with rows gathers in `refused`.
     """
 
     lang: str
     cache: Path
     only: frozenset[str] | None = None
     fetch: Callable[[str], str] | None = None
+    refused: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def row(self) -> Iterator[None]:
+        """Around the reading of one row: what is wrong with it is kept, and the next row's turn comes."""
+        try:
+            yield
+        except UnreachableError:
+            raise
+        except InputError as error:
+            self.refused.append(str(error))
 
     @property
     def listing(self) -> bool:
@@ -62,7 +80,8 @@ class Format(Protocol):
         """True when the file or folder is of this format, by its name and its beginning. `path` exists."""
 
     def read(self, path: Path, options: Options) -> Iterator[Item]:
-        """The items in the order of the file. Raises `InputError`: file, row, field and mend in one line."""
+        """The items in the order of the file, each made within `options.row()`, where an `InputError` says file, row, field
+        and mend in one line. What is wrong with the whole file is raised."""
 
 
 @cached
@@ -96,27 +115,34 @@ def read_benchmark(
     category in turn, in the order in which the categories first appear, each time its next in the file. So the choice
     depends on the file alone, and a smaller limit takes a part of what a larger one takes.
 
-    Raises `InputError` for a path that is no benchmark, a bad row, an id that is there twice, a category or language that
-    the benchmark does not have, and a picture of a chosen item that is not there; `OutputError` when `cache` cannot be
-    written.
+    Raises `InputError` for a path that is no benchmark, for bad rows and pictures of chosen items that are not there (the
+    first `SHOWN`, a line each), an id that is there twice, and a category or language that the benchmark does not have;
+    `OutputError` when `cache` cannot be written.
     """
     place, cache = (Path(os.path.abspath(os.path.expanduser(one))) for one in (path, cache))
     chosen_lang = language(lang)
     found = _format_of(place)
     if chosen_lang not in found.languages:
         raise InputError(f"{place}: has no language {lang!r}; {found.name} is read in {', '.join(found.languages)}")
-    listed = list(found.read(place, Options(chosen_lang, cache)))
+    listed = _all(found, place, Options(chosen_lang, cache))
     if not listed:
         raise InputError(f"{place}: holds no item in the language {lang!r}; check the file, or choose another language")
     twice, count = Counter(item.id for item in listed).most_common(1)[0]
     if count > 1:
         raise InputError(f"{place}: the id {twice!r} is there {count} times; give each item its own")
     only = frozenset(item.id for item in select(listed, categories, limit, str(place)))
+    return _all(found, place, Options(chosen_lang, cache, only, fetch))
+
+
+def _all(found: Format, place: Path, options: Options) -> list[Item]:
+    """What a format reads, up to the last that is wanted. Raises `TaskFileError` for the rows that it refused."""
     items: list[Item] = []
-    for item in found.read(place, Options(chosen_lang, cache, only, fetch)):
+    for item in found.read(place, options):
         items.append(item)
-        if len(items) == len(only):
+        if options.only is not None and len(items) == len(options.only):
             break
+    if options.refused:
+        raise TaskFileError(options.refused[:SHOWN], len(options.refused))
     return items
 
 

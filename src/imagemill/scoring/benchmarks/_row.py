@@ -11,7 +11,7 @@ from imagemill.config.wording import shown
 from imagemill.errors import InputError
 from imagemill.inputs import is_web_address
 from imagemill.plan import MAX_SEED, Problem, is_unicode
-from imagemill.scoring.benchmarks import Options
+from imagemill.scoring.benchmarks import Options, UnreachableError
 from imagemill.scoring.benchmarks._pictures import bytes_of, from_base64, keep
 from imagemill.sources.metadata import jsonable
 
@@ -147,7 +147,7 @@ class Row:
             try:
                 return self._options.fetch(value)
             except InputError as error:
-                raise self.refusal(field, str(error)) from error
+                raise UnreachableError(f"{self._place}: {field}: {error}") from error
         if "://" in value:
             mend = "download it" + (", or give --allow-urls" if is_web_address(value) else "")
             raise self.refusal(field, f"{shown(value)} is a URL; only local files are read: {mend}")

@@ -36,20 +36,21 @@ class Base64List:
         rows = [Row(place, data, options, [path.parent]) for place, data in list_rows(path)]
         end, other = ("", "en") if options.lang == "zh" else ("_en", "zh")
         for item, row in zip(_ids(rows), rows, strict=True):
-            if options.skips(item):
-                continue
-            image = row.decoded("src_img_b64")
-            rationale = row.maybe(f"rationale_short{end}")
-            yield Item(
-                id=item,
-                category=row.text("subset"),
-                instruction=row.text(f"edit_instruction{end}", f"write one, or read the other with --lang {other}"),
-                image=image,
-                source_caption=row.maybe(f"original_description{end}"),
-                seed=row.seed(),
-                source=Path(image).name,
-                metadata={**row.rest(KNOWN), **({"rationale_short": rationale} if rationale else {})},
-            )
+            with options.row():
+                if options.skips(item):
+                    continue
+                image = row.decoded("src_img_b64")
+                rationale = row.maybe(f"rationale_short{end}")
+                yield Item(
+                    id=item,
+                    category=row.text("subset"),
+                    instruction=row.text(f"edit_instruction{end}", f"write one, or read the other with --lang {other}"),
+                    image=image,
+                    source_caption=row.maybe(f"original_description{end}"),
+                    seed=row.seed(),
+                    source=Path(image).name,
+                    metadata={**row.rest(KNOWN), **({"rationale_short": rationale} if rationale else {})},
+                )
 
 
 def _ids(rows: list[Row]) -> list[str]:

@@ -68,28 +68,31 @@ class GEdit:
         """The items of the language."""
         root = path if path.is_dir() else path.parent
         for place, data in _rows(path, options):
-            row = Row(place, data, options, [root])
-            language = row.text("instruction_language", "write en or cn")
-            if language not in ("en", "cn"):
-                raise row.refusal("instruction_language", f"{language!r} is no language of GEdit-Bench; write en or cn")
-            if language != CODES[options.lang] or not _asked(row, options.lang):
-                continue
-            task, key = row.text("task_type"), row.text("key")
-            item = f"{task}_{language}_{key}"
-            if options.skips(item):
-                continue
-            image = _picture(row, data, task, language, key)
-            metadata = {"key": key, "instruction_language": language, **row.rest(KNOWN)}
-            if "Intersection_exist" in row:
-                metadata["Intersection_exist"] = row.flag("Intersection_exist")
-            yield Item(
-                id=item,
-                category=task,
-                instruction=row.text("instruction"),
-                image=image,
-                source=digest_file(image) if image else "",
-                metadata=metadata,
-            )
+            with options.row():
+                row = Row(place, data, options, [root])
+                language = row.text("instruction_language", "write en or cn")
+                if language not in ("en", "cn"):
+                    raise row.refusal(
+                        "instruction_language", f"{language!r} is no language of GEdit-Bench; write en or cn"
+                    )
+                if language != CODES[options.lang] or not _asked(row, options.lang):
+                    continue
+                task, key = row.text("task_type"), row.text("key")
+                item = f"{task}_{language}_{key}"
+                if options.skips(item):
+                    continue
+                image = _picture(row, data, task, language, key)
+                metadata = {"key": key, "instruction_language": language, **row.rest(KNOWN)}
+                if "Intersection_exist" in row:
+                    metadata["Intersection_exist"] = row.flag("Intersection_exist")
+                yield Item(
+                    id=item,
+                    category=task,
+                    instruction=row.text("instruction"),
+                    image=image,
+                    source=digest_file(image) if image else "",
+                    metadata=metadata,
+                )
 
 
 def _asked(row: Row, lang: str) -> bool:

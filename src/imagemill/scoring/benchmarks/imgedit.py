@@ -43,18 +43,19 @@ class ImgEdit:
         above = (path.parent, *path.parent.parents[:2])
         roots = [path.parent, *(folder / name for folder in above for name in PICTURES)]
         for place, data in mapping_rows(path):
-            row = Row(place, data, options, roots)
-            item = row.text("key")
-            if options.skips(item):
-                continue
-            yield Item(
-                id=item,
-                category=row.text("edit_type", "write one; only edits of one turn of the basic suite are read"),
-                instruction=row.text("prompt"),
-                image=row.picture("id"),
-                source=row.text("id"),
-                metadata=row.rest(KNOWN),
-            )
+            with options.row():
+                row = Row(place, data, options, roots)
+                item = row.text("key")
+                if options.skips(item):
+                    continue
+                yield Item(
+                    id=item,
+                    category=row.text("edit_type", "write one; only edits of one turn of the basic suite are read"),
+                    instruction=row.text("prompt"),
+                    image=row.picture("id"),
+                    source=row.text("id"),
+                    metadata=row.rest(KNOWN),
+                )
 
 
 def _file(path: Path) -> Path:

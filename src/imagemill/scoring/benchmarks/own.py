@@ -48,27 +48,28 @@ class Own:
         lines = path.suffix.lower() in LINES
         rows: Rows = jsonl_rows(path) if lines else parquet_rows(path, pictures=not options.listing)
         for place, data in rows:
-            row = Row(place, data, options, [path.parent])
-            item = row.name("id")
-            if options.skips(item):
-                continue
-            image = row.picture("image")
-            named = data.get("image")
-            yield Item(
-                id=item,
-                category=row.text("category"),
-                instruction=_instruction(row, options.lang),
-                image=image,
-                images=row.pictures("images"),
-                source_caption=(row.maybe("source_caption_zh") if options.lang == "zh" else "")
-                or row.maybe("source_caption"),
-                target=row.maybe_picture("target"),
-                mask=row.maybe_picture("mask"),
-                seed=row.seed(),
-                questions=row.texts("questions"),
-                source=named if isinstance(named, str) else Path(image).name,
-                metadata=row.rest(KNOWN),
-            )
+            with options.row():
+                row = Row(place, data, options, [path.parent])
+                item = row.name("id")
+                if options.skips(item):
+                    continue
+                image = row.picture("image")
+                named = data.get("image")
+                yield Item(
+                    id=item,
+                    category=row.text("category"),
+                    instruction=_instruction(row, options.lang),
+                    image=image,
+                    images=row.pictures("images"),
+                    source_caption=(row.maybe("source_caption_zh") if options.lang == "zh" else "")
+                    or row.maybe("source_caption"),
+                    target=row.maybe_picture("target"),
+                    mask=row.maybe_picture("mask"),
+                    seed=row.seed(),
+                    questions=row.texts("questions"),
+                    source=named if isinstance(named, str) else Path(image).name,
+                    metadata=row.rest(KNOWN),
+                )
 
 
 def _instruction(row: Row, lang: str) -> str:

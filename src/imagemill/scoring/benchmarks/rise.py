@@ -44,25 +44,28 @@ class Rise:
         """The items by their `index`."""
         path = _file(path)
         for place, data in list_rows(path):
-            row = Row(place, _with_images(data), options, [path.parent, path.parent / "data"])
-            item = row.name("index")
-            if options.skips(item):
-                continue
-            for field in ("instruction", "category"):
-                if isinstance(data.get(field), list):
-                    raise row.refusal(field, "is a list of turns; only edits of one turn are read: take the row out")
-            yield Item(
-                id=item,
-                category=row.text("category"),
-                instruction=row.text("instruction")
-                if options.lang == "en"
-                else row.text("instruction_chinese", "write the instruction in Chinese, or use --lang en"),
-                image=row.picture("image"),
-                images=row.pictures("images"),
-                target=row.maybe_picture("reference_img"),
-                source=row.text("image", "name the picture's file"),
-                metadata={**_reference(row, options.lang), **row.rest((*KNOWN, "images"))},
-            )
+            with options.row():
+                row = Row(place, _with_images(data), options, [path.parent, path.parent / "data"])
+                item = row.name("index")
+                if options.skips(item):
+                    continue
+                for field in ("instruction", "category"):
+                    if isinstance(data.get(field), list):
+                        raise row.refusal(
+                            field, "is a list of turns; only edits of one turn are read: take the row out"
+                        )
+                yield Item(
+                    id=item,
+                    category=row.text("category"),
+                    instruction=row.text("instruction")
+                    if options.lang == "en"
+                    else row.text("instruction_chinese", "write the instruction in Chinese, or use --lang en"),
+                    image=row.picture("image"),
+                    images=row.pictures("images"),
+                    target=row.maybe_picture("reference_img"),
+                    source=row.text("image", "name the picture's file"),
+                    metadata={**_reference(row, options.lang), **row.rest((*KNOWN, "images"))},
+                )
 
 
 def _with_images(data: Mapping[str, Any]) -> Mapping[str, Any]:
