@@ -16,10 +16,11 @@ from imagemill.version import __version__
 if TYPE_CHECKING:
     from imagemill.api import run
     from imagemill.editor import MultiGPUImageEditor
-    from imagemill.engine import Engine, RunOptions, RunReport
+    from imagemill.engine import Engine
     from imagemill.errors import ImagemillError, InputError
     from imagemill.generator import MultiGPUImageGenerator
     from imagemill.records import Lora, Outcome, Task
+    from imagemill.sitting import RunOptions, RunReport
 
 _PLACES = {
     "Engine": "engine",

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from imagemill.engine import Engine, RunOptions, RunReport
+from imagemill.engine import Engine
 from imagemill.records import Task
 from imagemill.report import write_reports
+from imagemill.sitting import RunOptions, RunReport
 
 
 def run(

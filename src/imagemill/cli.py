@@ -61,7 +61,7 @@ from imagemill.version import __version__
 
 if TYPE_CHECKING:
     from imagemill.config import Settings
-    from imagemill.engine import RunOptions, RunReport
+    from imagemill.sitting import RunOptions, RunReport
 
 app = typer.Typer(
     name="imagemill",

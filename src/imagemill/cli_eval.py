@@ -24,9 +24,9 @@ from imagemill.cli_options import (
 )
 
 if TYPE_CHECKING:
-    from imagemill.engine import RunOptions
     from imagemill.scoring.evaluation import EvalReport
     from imagemill.scoring.settings import EvalSettings
+    from imagemill.sitting import RunOptions
 
 LISTS = ("--categories",)
 """Options that take several values in a row; typer itself takes one each time the option is named."""
@@ -226,7 +226,7 @@ def settings_of(given: Mapping[str, Any]) -> EvalSettings:
 def run_options(given: Mapping[str, Any]) -> RunOptions:
     """How the first stage treats its folder. Raises `ConfigError`."""
     from imagemill.cli_options import kinds_of
-    from imagemill.engine import RunOptions
+    from imagemill.sitting import RunOptions
 
     return RunOptions(retry=kinds_of(given["retry_failed"]), rerun_changed=given["rerun_changed"])
 

@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from imagemill.config import Settings
-    from imagemill.engine import RunOptions
+    from imagemill.sitting import RunOptions
 
 Source = Annotated[
     str,
@@ -189,7 +189,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
 
 def options_of(given: Mapping[str, Any]) -> RunOptions:
     """How the run treats its source and its folder."""
-    from imagemill.engine import RunOptions
+    from imagemill.sitting import RunOptions
 
     return RunOptions(
         limit=given["limit"],

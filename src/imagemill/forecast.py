@@ -10,12 +10,13 @@ from pathlib import Path
 from imagemill import batching, crew, devices, estimate, models, plan, sources, trained_sizes, tuning_choice, untaken
 from imagemill.config import Settings
 from imagemill.devices import Choice
-from imagemill.engine import Engine, RunOptions
+from imagemill.engine import Engine
 from imagemill.estimate import Estimate, Group
 from imagemill.intake import Admission, Intake
 from imagemill.ledger import FILE_NAME, Ledger
 from imagemill.publish import OutputFolder
 from imagemill.records import PlannedTask
+from imagemill.sitting import RunOptions
 from imagemill.staging import Comparison
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from imagemill.engine import Engine, RunOptions
+from imagemill.engine import Engine
 from imagemill.errors import InputError
+from imagemill.sitting import RunOptions
 
 
 class MultiGPUImageGenerator:

@@ -128,8 +128,8 @@ def test_a_worker_killed_while_it_judges_loses_nothing(tmp_path: Path, images: l
         for outcome in engine.run(tasks, tmp_path / "out"):
             outcomes.append(outcome)
             if len(outcomes) == 2:
-                assert engine._crew is not None
-                os.kill(engine._crew.executor.pids[0], signal.SIGKILL)
+                assert engine._roster.crew is not None
+                os.kill(engine._roster.crew.executor.pids[0], signal.SIGKILL)
     assert texts(outcomes) == [f"Score: {n}" for n in range(12)]
 
 

@@ -48,8 +48,8 @@ def test_a_run_that_is_open_is_not_mixed_with_another(tmp_path: Path) -> None:
 def test_a_worker_that_dies_between_two_runs_is_replaced(tmp_path: Path) -> None:
     with Engine(model="fake", device="cpu", workers=2, schedule="static") as engine:
         assert len(list(engine.run(rows(4), tmp_path / "first"))) == 4
-        assert engine._crew is not None
-        os.kill(engine._crew.executor.pids[1], signal.SIGKILL)  # type: ignore[attr-defined]
+        assert engine._roster.crew is not None
+        os.kill(engine._roster.crew.executor.pids[1], signal.SIGKILL)  # type: ignore[attr-defined]
         time.sleep(0.2)
         assert all(outcome.ok for outcome in engine.run(rows(4), tmp_path / "second"))
 

@@ -106,6 +106,14 @@ def test_every_bad_row_is_named_the_first_twenty_in_full(tmp_path: Path) -> None
     assert lines[20:] == ["... and 5 more"]
 
 
+def test_what_all_rows_have_alike_is_one_line(tmp_path: Path) -> None:
+    rows = [{key: value for key, value in ROW.items() if key != "instruction_zh"} | {"id": name} for name in "abc"]
+    assert refusals(own(tmp_path, *rows), lang="zh") == [
+        "bench.jsonl, line 1: instruction_zh: is missing; write the instruction in Chinese, or read the benchmark with "
+        "--lang en (so it is in all 3 rows)"
+    ]
+
+
 def test_every_picture_that_is_not_there_is_named_of_the_chosen_items(tmp_path: Path) -> None:
     rows = [{**ROW, "id": name, "category": name, "image": f"images/{name}.png"} for name in ("a", "b", "x", "y", "z")]
     path = own(tmp_path, *rows)

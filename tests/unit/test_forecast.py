@@ -14,10 +14,10 @@ import pytest
 from imagemill import crew
 from imagemill.config import Settings, merge
 from imagemill.devices import GIB, Choice, Device
-from imagemill.engine import RunOptions
 from imagemill.forecast import forecast
 from imagemill.listing import forecast_text
 from imagemill.models import Model
+from imagemill.sitting import RunOptions
 
 Plan = Callable[..., str]
 

@@ -10,10 +10,10 @@ import pytest
 
 from imagemill import Engine, models
 from imagemill.config import Settings
-from imagemill.engine import RunOptions
 from imagemill.forecast import forecast
 from imagemill.listing import forecast_text
 from imagemill.progress import Silent
+from imagemill.sitting import RunOptions
 from imagemill.staging import Shape
 from imagemill.trained_sizes import remarks
 

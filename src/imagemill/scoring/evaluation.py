@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 from imagemill import crew, judges, progress
 from imagemill.config import Settings
 from imagemill.downloads import FOLDER, Downloads
-from imagemill.engine import Engine, RunOptions
+from imagemill.engine import Engine
 from imagemill.errors import InputError, TaskFileError
 from imagemill.inputs import Inputs
 from imagemill.intake import SKIP_BAD
@@ -36,6 +36,7 @@ from imagemill.scoring.item import Item
 from imagemill.scoring.report import Facts, Reports, write_eval_reports
 from imagemill.scoring.settings import EvalSettings
 from imagemill.scoring.settlement import Edits, settle, unreadable
+from imagemill.sitting import RunOptions
 
 EDITS, JUDGMENTS, SOURCES = "edits", "judgments", "sources"
 """Folders inside the output folder: of the two runs, and of pictures that lay inside the benchmark's file."""

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imagemill import crew, sources
-from imagemill.engine import RunOptions
 from imagemill.errors import TaskFileError
 from imagemill.forecast import forecast
 from imagemill.listing import columns, forecast_text, gib
@@ -18,6 +17,7 @@ from imagemill.scoring.evaluation import EDITS, by_item, check, edit_rows, items
 from imagemill.scoring.examiner import Examiner, examiner
 from imagemill.scoring.item import Item
 from imagemill.scoring.settings import EvalSettings
+from imagemill.sitting import RunOptions
 
 
 def outlook(settings: EvalSettings, options: RunOptions) -> str:

@@ -30,7 +30,15 @@ ALIASES = {"cn": "zh", "en-intersection": "intersection", "cn-intersection": "zh
 """Other names of languages: GEdit-Bench calls Chinese `cn`."""
 
 
-class UnreachableError(InputError):
+class RowError(InputError):
+    """What is wrong with a row: `problem` is the field and the mend, without the place."""
+
+    def __init__(self, place: str, problem: str) -> None:
+        self.problem = problem
+        super().__init__(f"{place}: {problem}")
+
+
+class UnreachableError(RowError):
     """A picture whose address gave none. It ends the reading, since the next ones may well wait as long."""
 
 
@@ -48,7 +56,7 @@ class Options:
     cache: Path
     only: frozenset[str] | None = None
     fetch: Callable[[str], str] | None = None
-    refused: list[str] = field(default_factory=list)
+    refused: list[RowError] = field(default_factory=list)
 
     @contextmanager
     def row(self) -> Iterator[None]:
@@ -57,8 +65,8 @@ class Options:
             yield
         except UnreachableError:
             raise
-        except InputError as error:
-            self.refused.append(str(error))
+        except RowError as error:
+            self.refused.append(error)
 
     @property
     def listing(self) -> bool:
@@ -80,8 +88,8 @@ class Format(Protocol):
         """True when the file or folder is of this format, by its name and its beginning. `path` exists."""
 
     def read(self, path: Path, options: Options) -> Iterator[Item]:
-        """The items in the order of the file, each made within `options.row()`, where an `InputError` says file, row, field
-        and mend in one line. What is wrong with the whole file is raised."""
+        """The items in the order of the file, each made within `options.row()`, where a `RowError` says file, row, field and
+        mend in one line. What is wrong with the whole file is raised."""
 
 
 @cached
@@ -142,8 +150,15 @@ def _all(found: Format, place: Path, options: Options) -> list[Item]:
         if options.only is not None and len(items) == len(options.only):
             break
     if options.refused:
-        raise TaskFileError(options.refused[:SHOWN], len(options.refused))
+        raise _refusal(options.refused, whole=not items)
     return items
+
+
+def _refusal(refused: Sequence[RowError], *, whole: bool) -> TaskFileError:
+    """A line for each bad row; one for all of them where the whole benchmark has the same problem."""
+    if whole and len(refused) > 1 and len({error.problem for error in refused}) == 1:
+        return TaskFileError([f"{refused[0]} (so it is in all {len(refused)} rows)"], 1)
+    return TaskFileError([str(error) for error in refused[:SHOWN]], len(refused))
 
 
 def select(

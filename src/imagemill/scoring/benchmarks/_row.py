@@ -11,7 +11,7 @@ from imagemill.config.wording import shown
 from imagemill.errors import InputError
 from imagemill.inputs import is_web_address
 from imagemill.plan import MAX_SEED, Problem, is_unicode
-from imagemill.scoring.benchmarks import Options, UnreachableError
+from imagemill.scoring.benchmarks import Options, RowError, UnreachableError
 from imagemill.scoring.benchmarks._pictures import bytes_of, from_base64, keep
 from imagemill.sources.metadata import jsonable
 
@@ -19,7 +19,7 @@ from imagemill.sources.metadata import jsonable
 class Row:
     """The fields of a row. `roots` are the folders under which its pictures are looked for, in that order.
 
-    Every method raises `InputError` with place, field and mend for a value that is not what it asks for.
+    Every method raises `RowError` with place, field and mend for a value that is not what it asks for.
     """
 
     def __init__(self, place: str, data: Mapping[str, Any], options: Options, roots: Sequence[Path]) -> None:
@@ -31,9 +31,9 @@ class Row:
     def __contains__(self, field: str) -> bool:
         return field in self._data
 
-    def refusal(self, field: str, problem: str) -> InputError:
+    def refusal(self, field: str, problem: str) -> RowError:
         """The error for a field."""
-        return InputError(f"{self._place}: {field}: {problem}")
+        return RowError(self._place, f"{field}: {problem}")
 
     def text(self, field: str, mend: str = "write one") -> str:
         """Text that is there and not blank."""
@@ -147,7 +147,7 @@ class Row:
             try:
                 return self._options.fetch(value)
             except InputError as error:
-                raise UnreachableError(f"{self._place}: {field}: {error}") from error
+                raise UnreachableError(self._place, f"{field}: {error}") from error
         if "://" in value:
             mend = "download it" + (", or give --allow-urls" if is_web_address(value) else "")
             raise self.refusal(field, f"{shown(value)} is a URL; only local files are read: {mend}")
