@@ -379,6 +379,32 @@ def test_a_run_without_files_says_so(tmp_path: Path) -> None:
     assert "kept no picture files" in Page(reports.page.read_text("utf-8")).text
 
 
+@pytest.mark.parametrize(
+    ("models", "made", "gallery"),
+    [
+        (("judge:vlm", "judge:vlm"), "judgments", False),
+        (("tiny", "judge:vlm"), "results", True),
+        (("tiny", "tiny"), "pictures", True),
+    ],
+)
+def test_a_report_calls_what_was_made_by_its_name(
+    tmp_path: Path, models: tuple[str, str], made: str, gallery: bool
+) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    tasks = [a_task(number, model=model) for number, model in enumerate(models)]
+    begin(ledger, tasks)
+    for seq, task in enumerate(tasks):
+        do(ledger, task, seq)
+    ledger.end_run(START + 4, "done", {})
+    ledger.close()
+    write_reports(tmp_path)
+    text, seen = (tmp_path / "report.md").read_text("utf-8"), Page((tmp_path / "report.html").read_text("utf-8"))
+    assert f"{made} a second" in text
+    assert f"2 {made}" in seen.text
+    assert ({"id": "pictures"} in seen.all("section")) is gallery
+    assert ("pictures" in (text + seen.text).lower()) is gallery
+
+
 def test_a_ledger_without_any_run_gives_reports(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")  # still open, as of a driver that reads its source
     assert write_reports(tmp_path).summary["tasks"]["total"] == 0

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from imagemill.judges import is_judge
 from imagemill.report.figures import clock, cut, duration, number, rate
 
 LISTED = 50
@@ -27,27 +28,35 @@ STATUS = {
 
 def markdown(title: str, summary: Mapping[str, Any]) -> str:
     """The report as Markdown (tables as in CommonMark with GitHub's extension)."""
-    parts = [f"# {one_line(title)}", *_head(summary), *_runs(summary["runs"]), *_changes(summary["runs"])]
+    made = products(summary)
+    parts = [f"# {one_line(title)}", *_head(summary, made), *_runs(summary["runs"], made), *_changes(summary["runs"])]
     for name in ("models", "adapters", "shapes"):
-        parts += _groups(name, summary[name])
+        parts += _groups(name, summary[name], made)
     parts += _failures(summary) + _skipped(summary["skipped"]) + _flags(summary["flags"])
     return "\n\n".join(parts) + "\n"
 
 
-def _head(summary: Mapping[str, Any]) -> list[str]:
+def products(summary: Mapping[str, Any]) -> str:
+    """What the tasks of a folder give, in the plural: `pictures`, `judgments`, or `results` where it holds both."""
+    kinds = {is_judge(group["name"]) for group in summary["models"]}
+    return {frozenset({True}): "judgments", frozenset({True, False}): "results"}.get(frozenset(kinds), "pictures")
+
+
+def _head(summary: Mapping[str, Any], made: str) -> list[str]:
     tasks = summary["tasks"]
     lines = [
         f"**{number(tasks['done'])} of {number(tasks['total'])} done**, {number(tasks['failed'])} failed, "
         f"{number(tasks['pending'])} pending, {number(summary['skipped']['total'])} rows skipped."
     ]
-    speed = f"{rate(summary['pictures_per_second'])} pictures a second, wall time {duration(summary['wall_seconds'])}"
+    speed = f"{rate(summary['pictures_per_second'])} {made} a second, wall time {duration(summary['wall_seconds'])}"
     lines.append(speed + (f", {number(summary['retried'])} done after another try." if summary["retried"] else "."))
-    lines.append("Every task is in results.jsonl; the gallery and the timeline are in report.html.")
+    shown = "the timeline is" if made == "judgments" else "the gallery and the timeline are"
+    lines.append(f"Every task is in results.jsonl; {shown} in report.html.")
     return lines
 
 
-def _runs(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    heads = ("run", "started", "status", "wall time", "pictures", "a second", "steady", "policy")
+def _runs(runs: Sequence[Mapping[str, Any]], made: str) -> list[str]:
+    heads = ("run", "started", "status", "wall time", made, "a second", "steady", "policy")
     rows = (
         (
             *(str(run["run"]), clock(run["started"]), status(run["status"]), duration(run["seconds"])),
@@ -59,12 +68,12 @@ def _runs(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     parts = ["## Runs", table(heads, rows, len(runs))]
     for run in reversed(runs):
         if run["workers"]:
-            return [*parts, f"## Workers of run {run['run']}", _workers(run["workers"])]
+            return [*parts, f"## Workers of run {run['run']}", _workers(run["workers"], made)]
     return parts
 
 
-def _workers(workers: Sequence[Mapping[str, Any]]) -> str:
-    heads = ("worker", "pictures", "failed tries", "busy", "loading", "idle", "of which held by the policy")
+def _workers(workers: Sequence[Mapping[str, Any]], made: str) -> str:
+    heads = ("worker", made, "failed tries", "busy", "loading", "idle", "of which held by the policy")
     rows = (
         (
             *(lane["label"], number(lane["pictures"]), number(lane["failed_attempts"])),
@@ -99,10 +108,10 @@ def tuned(tuning: Mapping[str, Any]) -> str:
     return f"{how}{sizes} ({tuning['why']}), precision {tuning['precision']}, attention {tuning['attention']}{batch}"
 
 
-def _groups(name: str, groups: Sequence[Mapping[str, Any]]) -> list[str]:
+def _groups(name: str, groups: Sequence[Mapping[str, Any]], made: str) -> list[str]:
     if not groups:
         return []
-    heads = (name[:-1], "tasks", "done", "failed", "pending", "mean seconds a picture")
+    heads = (name[:-1], "tasks", "done", "failed", "pending", f"mean seconds a {made[:-1]}")
     rows = (
         (group["name"], *(number(group[key]) for key in heads[1:5]), duration(group["mean_seconds"]))
         for group in groups

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from imagemill.report import figures
 from imagemill.report.gallery import Gallery
 from imagemill.report.lanes import Lane
-from imagemill.report.markdown import last_tuning, status, tuned
+from imagemill.report.markdown import last_tuning, products, status, tuned
 from imagemill.report.runs import Run
 
 TEMPLATE = "report.html.j2"
@@ -28,8 +28,8 @@ LANE = 16
 STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 43200, 86400)
 """Seconds between the marks of a timeline."""
 
-LAYERS = (("load", "loading"), ("done", "pictures"), ("failed", "failed tries"), ("lost", "worker lost"))
-"""Kinds of blocks in the order they are painted, and what the legend calls them."""
+LAYERS = (("load", "loading"), ("done", ""), ("failed", "failed tries"), ("lost", "worker lost"))
+"""Kinds of blocks in the order they are painted, and what the legend calls them; what is done by what was made."""
 
 
 def page(title: str, summary: Mapping[str, Any], runs: Sequence[Run], gallery: Gallery) -> str:
@@ -45,38 +45,40 @@ def page(title: str, summary: Mapping[str, Any], runs: Sequence[Run], gallery: G
         environment.filters[name] = getattr(figures, name)
     environment.filters["status"] = status
     environment.filters["plain"] = _plain
+    made = products(summary)
     active = [run for run in runs if any(lane.strips for lane in run.lanes.values())]
     return environment.get_template(TEMPLATE).render(
         title=title,
         summary=summary,
         gallery=gallery,
-        tiles=_tiles(summary, runs),
-        facts=_facts(summary, active),
+        made=made,
+        tiles=_tiles(summary, runs, made),
+        facts=_facts(summary, active, made),
         runs=[run.as_json() for run in runs[: -LISTED_RUNS - 1 : -1]],
         changes=[(run.number, note) for run in reversed(runs) for note in run.notes],
         tuning=[(name, tuned(how)) for name, how in last_tuning(summary["runs"]).items()],
         timelines=[_timeline(run) for run in active[: -TIMELINES - 1 : -1]],
-        layers=LAYERS,
+        layers=[(name, label or made) for name, label in LAYERS],
         lane_height=LANE,
         rows=ROWS,
         one_model=len(summary["models"]) == 1,
     )
 
 
-def _tiles(summary: Mapping[str, Any], runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+def _tiles(summary: Mapping[str, Any], runs: Sequence[Run], made: str) -> list[tuple[str, str, str]]:
     """(label, figure, class) of the header."""
     tasks = summary["tasks"]
     steady = [run.steady for run in runs if run.pictures and run.steady]
     tiles = [(name, figures.number(tasks[name]), name) for name in ("done", "failed", "pending")]
     tiles.append(("skipped", figures.number(summary["skipped"]["total"]), "skipped"))
-    tiles.append(("pictures / s", figures.rate(summary["pictures_per_second"]), ""))
+    tiles.append((f"{made} / s", figures.rate(summary["pictures_per_second"]), ""))
     if steady:
         tiles.append(("while at work", figures.rate(steady[-1]), ""))
     tiles.append(("wall time", figures.duration(summary["wall_seconds"]), ""))
     return tiles
 
 
-def _facts(summary: Mapping[str, Any], active: Sequence[Run]) -> list[tuple[str, str]]:
+def _facts(summary: Mapping[str, Any], active: Sequence[Run], made: str) -> list[tuple[str, str]]:
     """Short facts under the tiles; what is not known is left out."""
     names = [group["name"] for group in summary["models"]]
     found = [("Model" if len(names) == 1 else "Models", ", ".join(names[:3]) + (" …" if len(names) > 3 else ""))]
@@ -87,7 +89,7 @@ def _facts(summary: Mapping[str, Any], active: Sequence[Run]) -> list[tuple[str,
         shown = ", ".join(labels) if len(labels) <= 4 else f"{labels[0]} to {labels[-1]}"
         found.append(("Workers", f"{len(labels)} ({shown})"))
         first = last.stats.get("first_picture_s")
-        found.append(("First picture after", figures.duration(first) if first is not None else ""))
+        found.append((f"First {made[:-1]} after", figures.duration(first) if first is not None else ""))
     if len(summary["runs"]) > 1:
         found.append(("Runs", figures.number(len(summary["runs"]))))
     if summary["retried"]:
