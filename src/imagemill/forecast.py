@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagemill import batching, crew, devices, estimate, models, plan, sources, trained_sizes, tuning_choice, untaken
+from imagemill import batching, crew, devices, estimate, models, plan, sources, tuning_choice
 from imagemill.config import Settings
 from imagemill.devices import Choice
 from imagemill.engine import Engine
@@ -16,8 +16,9 @@ from imagemill.intake import Admission, Intake
 from imagemill.ledger import FILE_NAME, Ledger
 from imagemill.publish import OutputFolder
 from imagemill.records import PlannedTask
+from imagemill.remarks import remarks
 from imagemill.sitting import RunOptions
-from imagemill.staging import Comparison
+from imagemill.staging import Comparison, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ def forecast(
         to_do = comparison.to_do(options.retry) + len(damaged)
         used = book.used()
         choice = crew.choose(settings, used, max(1, to_do))
-        tuned = _tuned(settings, used, ledger, comparison.total)
+        shapes = tuple(ledger.staging.shapes())
+        tuned = _tuned(settings, used, shapes, comparison.total)
         families = {f"model:{model.spec.name}": model.planned.family.name for model in used}
         figures = estimate.estimate(
             (planned.ticket for planned in _work(ledger, options, damaged)),
@@ -117,18 +119,19 @@ def forecast(
             schedule=str(settings.schedule),
             unit=_unit(used),
             tuned=tuned,
-            remarks=(*untaken.remarks(settings, used), *trained_sizes.remarks(used, ledger.staging.shapes())),
+            remarks=remarks(settings, used, shapes),
         )
     finally:
         ledger.staging.abandon()
         ledger.close()
 
 
-def _tuned(settings: Settings, used: tuple[models.Model, ...], ledger: Ledger, total: int) -> tuple[Tuned, ...]:
+def _tuned(
+    settings: Settings, used: tuple[models.Model, ...], shapes: tuple[Shape, ...], total: int
+) -> tuple[Tuned, ...]:
     """The tuning of each diffusion model, and how many of its pictures run together; by the whole run, not by what is left."""
     whole = crew.choose(settings, used, max(1, total)).devices
     on_cuda, free = whole[0].torch_device.startswith("cuda"), min(device.free for device in whole)
-    shapes = list(ledger.staging.shapes())
     found = tuning_choice.choices(settings, used, shapes, len(whole), on_cuda, free, whole[0].name)
     rules = {model.spec.name: batching.rule(settings, model, on_cuda, free) for model in used}
     return tuple(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from imagemill import crew, downloads, sources, trained_sizes, tuning_choice, untaken
+from imagemill import crew, downloads, sources, tuning_choice
 from imagemill.config import Settings
 from imagemill.crashpoints import crash_point
 from imagemill.crew import Crew
@@ -24,9 +24,9 @@ from imagemill.loop import Run
 from imagemill.progress import Progress
 from imagemill.publish import OutputFolder
 from imagemill.records import Outcome, PlannedTask, SinkSpec
+from imagemill.remarks import remarks
 from imagemill.roster import Roster
 from imagemill.schedule import Scheduler
-from imagemill.staging import Shape
 from imagemill.trace import FILE_NAME as FILE
 from imagemill.trace import TraceFile
 from imagemill.version import __version__, machine
@@ -164,8 +164,8 @@ class Sitting:
         to_do = comparison.to_do(options.retry) + len(again)
         choice = self._roster.choose(books.models, to_do)
         shapes = tuple(ledger.staging.shapes()) if to_do else ()
-        if to_do:
-            self._remark(books.models, shapes)
+        for line in remarks(self._settings, books.models.used(), shapes) if to_do else ():
+            self._progress.note(line)
         tuned = self._roster.tune(books.models, choice, shapes, comparison.total)
         self._begin(books)
         crash_point("before-accept")
@@ -187,11 +187,6 @@ class Sitting:
     def _now(self) -> float:
         """Seconds since the epoch by one reading of the clock a run: one that is set meanwhile changes no duration."""
         return self._wall + time.monotonic()
-
-    def _remark(self, models: Models, shapes: Iterable[Shape]) -> None:
-        """Say what of the run will not do what its user hoped."""
-        for line in (*untaken.remarks(self._settings, models.used()), *trained_sizes.remarks(models.used(), shapes)):
-            self._progress.note(line)
 
     def _work(self, books: Books, plan: Plan) -> Iterator[Outcome]:
         """Run what is to do, then close the books: the ledger's run, the report of this call."""

@@ -13,9 +13,9 @@ from imagemill.config import Settings
 from imagemill.forecast import forecast
 from imagemill.listing import forecast_text
 from imagemill.progress import Silent
+from imagemill.remarks import untrained
 from imagemill.sitting import RunOptions
 from imagemill.staging import Shape
-from imagemill.trained_sizes import remarks
 
 Find = Callable[[str], models.Model]
 
@@ -30,27 +30,27 @@ def of(*sizes: str, model: str = "tiny") -> list[Shape]:
 
 
 def test_nothing_is_said_of_the_sizes_a_model_was_trained_at(tiny: models.Model) -> None:
-    assert remarks([tiny], of("128x128", "160x96", "96x160")) == ()
+    assert untrained([tiny], of("128x128", "160x96", "96x160")) == ()
 
 
 def test_other_sizes_are_named_in_one_line(tiny: models.Model) -> None:
-    (line,) = remarks([tiny], of("128x128", "64x64", "512x512"))
+    (line,) = untrained([tiny], of("128x128", "64x64", "512x512"))
     assert line == ("tiny was trained at 128x128, 160x96, 96x160 alone; pictures of 64x64, 512x512 will look wrong")
-    (line,) = remarks([tiny], of("8x8", "16x16", "24x24", "32x32", "40x40"))
+    (line,) = untrained([tiny], of("8x8", "16x16", "24x24", "32x32", "40x40"))
     assert "pictures of 8x8, 16x16, 24x24 and 2 other sizes will" in line
 
 
 def test_the_sizes_of_another_model_are_its_own_matter(tiny: models.Model) -> None:
     fake = models.resolve("fake")
-    assert remarks([tiny, fake], [*of("128x128"), *of("640x480", model="fake")]) == ()
+    assert untrained([tiny, fake], [*of("128x128"), *of("640x480", model="fake")]) == ()
     edit = models.resolve("tiny-edit")
-    (line,) = remarks([tiny, edit], [*of("160x96"), *of("160x96", model="tiny-edit")])
+    (line,) = untrained([tiny, edit], [*of("160x96"), *of("160x96", model="tiny-edit")])
     assert line.startswith("tiny-edit was trained at 128x128 alone")
 
 
 def test_a_model_from_a_folder_takes_any_size() -> None:
     folder = models.resolve(str(models.ASSETS / "tiny"))
-    assert remarks([folder], of("64x64", model=folder.spec.name)) == ()
+    assert untrained([folder], of("64x64", model=folder.spec.name)) == ()
 
 
 def test_the_plan_says_it(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from imagemill import models
 from imagemill.config import Settings, merge
-from imagemill.untaken import remarks
+from imagemill.remarks import untaken
 
 
 @pytest.mark.parametrize(
@@ -27,4 +27,4 @@ from imagemill.untaken import remarks
     ],
 )
 def test_an_option_is_named_where_no_model_takes_it(names: list[str], given: dict[str, Any], said: list[str]) -> None:
-    assert list(remarks(merge(Settings(), given), [models.resolve(name) for name in names])) == said
+    assert list(untaken(merge(Settings(), given), [models.resolve(name) for name in names])) == said

@@ -1,0 +1,52 @@
+"""What of a run will not do what its user hoped: said once, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from imagemill.config import Settings
+from imagemill.models import Model
+from imagemill.staging import Shape
+
+NAMED = 3
+"""How many of the sizes that a model was not trained at a line names."""
+
+
+def remarks(settings: Settings, used: Sequence[Model], shapes: Iterable[Shape]) -> tuple[str, ...]:
+    """A line for each; `shapes` are those of the staged tasks."""
+    return (*untaken(settings, used), *untrained(used, shapes))
+
+
+def untaken(settings: Settings, used: Sequence[Model]) -> tuple[str, ...]:
+    """A line for each option that no model of the run takes; in a task the same field is an error."""
+    given = {
+        "guidance": ("guidance_scale", settings.guidance),
+        "true_cfg_scale": ("true_cfg_scale", settings.true_cfg_scale),
+        "negative_prompt": ("negative_prompt", settings.negative_prompt),
+    }
+    names = ", ".join(model.spec.name for model in used)
+    return tuple(
+        f"{option} changes nothing: {names} {'do' if len(used) > 1 else 'does'} not take it"
+        for option, (field, value) in given.items()
+        if value is not None and used and not any(field in model.planned.family.fields for model in used)
+    )
+
+
+def untrained(used: Sequence[Model], shapes: Iterable[Shape]) -> tuple[str, ...]:
+    """A line for each model whose staged tasks ask for sizes (width x height in pixels) that it was not trained at."""
+    staged = list(shapes)
+    return tuple(line for model in used if (line := _untrained(model, staged)))
+
+
+def _untrained(model: Model, staged: Sequence[Shape]) -> str:
+    """Empty where the model takes any size, or every task has one of its own."""
+    sizes = [f"{width}x{height}" for width, height in model.known.sizes] if model.known else []
+    own = [one.shape.removeprefix("shape:") for one in staged if one.model == f"model:{model.spec.name}"]
+    others = [size for size in own if size not in sizes]
+    if not sizes or not others:
+        return ""
+    more = f" and {len(others) - NAMED} other sizes" if len(others) > NAMED else ""
+    return (
+        f"{model.spec.name} was trained at {', '.join(sizes)} alone; "
+        f"pictures of {', '.join(others[:NAMED])}{more} will look wrong"
+    )
