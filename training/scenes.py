@@ -72,21 +72,8 @@ SERVINGS = {
 """What people say before the noun: `a cup of coffee`."""
 
 ASIDE_LINKS = (
-    "over",
-    "under",
-    "behind",
-    "near",
-    "in",
-    "in front of",
-    "by",
-    "at",
-    "for",
-    "from",
-    "like",
-    "with",
-    "holding",
-    "of",
-)
+    "over", "under", "behind", "near", "in", "in front of", "by", "at", "for", "from", "like", "with", "holding", "of",
+)  # fmt: skip
 ASIDE = (
     "nothing", "sea", "ocean", "sky", "clouds", "rain", "wind", "water", "river", "lake", "beach", "hill", "forest", "leaves",
     "grass", "field", "garden", "park", "street", "road", "city", "town", "village", "wall", "roof", "room", "kitchen",

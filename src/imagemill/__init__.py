@@ -30,8 +30,8 @@ _PLACES = {
     "MultiGPUImageEditor": "editor",
     "MultiGPUImageGenerator": "generator",
     "Outcome": "records",
-    "RunOptions": "engine",
-    "RunReport": "engine",
+    "RunOptions": "sitting",
+    "RunReport": "sitting",
     "Task": "records",
     "run": "api",
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagemill import batching, crew, devices, estimate, models, plan, sources, tuning_choice
+from imagemill import batching, crew, devices, estimate, judges, models, sources, tuning_choice
 from imagemill.config import Settings
 from imagemill.devices import Choice
 from imagemill.engine import Engine
@@ -117,7 +117,7 @@ def forecast(
             choice=choice,
             estimate=figures,
             schedule=str(settings.schedule),
-            unit=_unit(used),
+            unit=judges.product((model.spec.name for model in used), "task"),
             tuned=tuned,
             remarks=remarks(settings, used, shapes),
         )
@@ -138,11 +138,6 @@ def _tuned(
         Tuned(name, choice, tuple((size, rules[name].at(size)) for size in choice.tuning.sizes))
         for name, choice in found.items()
     )
-
-
-def _unit(used: tuple[models.Model, ...]) -> str:
-    kinds = {plan.answers(model.planned.family) for model in used}
-    return {frozenset({True}): "judgment", frozenset({False}): "picture"}.get(frozenset(kinds), "task")
 
 
 def _work(ledger: Ledger, options: RunOptions, damaged: frozenset[str]) -> Iterator[PlannedTask]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 from urllib.parse import urlsplit
@@ -54,6 +54,13 @@ ANSWERS_HANG_ON = ("model", "pixels", "max_new_tokens")
 def is_judge(name: str) -> bool:
     """Whether the name is that of a judge."""
     return name.startswith(PREFIX)
+
+
+def product(names: Iterable[str], both: str) -> str:
+    """What a task of these models gives: `picture`, `judgment`, or `both` where some give this and some that."""
+    return {frozenset({True}): "judgment", frozenset({True, False}): both}.get(
+        frozenset(map(is_judge, names)), "picture"
+    )
 
 
 def resolve(name: str, settings: JudgeSettings, *, dtype: str, download: bool) -> ModelSpec:

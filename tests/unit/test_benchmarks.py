@@ -60,8 +60,9 @@ def refusals(path: Path, **options: Any) -> list[str]:
 
 
 def refusal(path: Path, **options: Any) -> str:
-    """What is said of the first bad row."""
-    return refusals(path, **options)[0]
+    """What is said of a benchmark with one thing wrong."""
+    (line,) = refusals(path, **options)
+    return line
 
 
 def sha(data: bytes) -> str:
@@ -536,9 +537,10 @@ def test_gedit_without_instructions_or_with_bad_rows_says_so(tmp_path: Path) -> 
     )
     rows = gedit_rows(pictures=False)
     path = jsonl(tmp_path / "info.jsonl", rows)
-    assert refusal(path).startswith(
-        "info.jsonl, line 1: input_image: there is no picture fullset/color_alter/en/k1_SRCIMG.png under "
-    )
+    first, second = refusals(path)
+    missing = "input_image: there is no picture fullset"
+    assert first.startswith(f"info.jsonl, line 1: {missing}/color_alter/en/k1_SRCIMG.png under ")
+    assert second.startswith(f"info.jsonl, line 3: {missing}/")
     rows[1]["instruction_language"] = "fr"
     assert refusal(jsonl(path, rows)) == (
         "info.jsonl, line 2: instruction_language: 'fr' is no language of GEdit-Bench; write en or cn"
@@ -637,7 +639,9 @@ def test_rise_of_the_hub_has_its_pictures_in_data(tmp_path: Path) -> None:
 
 def test_rise_in_chinese_and_with_several_turns(tmp_path: Path) -> None:
     path = rise(tmp_path)
-    assert "item 1: instruction_chinese: is missing; write the instruction in Chinese" in refusal(path, lang="zh")
+    first, second = refusals(path, lang="zh")
+    for number, line in ((1, first), (2, second)):
+        assert f"item {number}: instruction_chinese: is missing; write the instruction in Chinese" in line
     (chinese,) = read(as_json(path, RISE[2:]), lang="zh")
     assert (chinese.instruction, chinese.metadata["reference"]) == ("倒", "倒了")
     as_json(path, [RISE[0], {**RISE[1], "instruction": ["One.", "Two."]}])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from imagemill.judges import is_judge
+from imagemill.judges import product
 from imagemill.report.figures import clock, cut, duration, number, rate
 
 LISTED = 50
@@ -38,8 +38,7 @@ def markdown(title: str, summary: Mapping[str, Any]) -> str:
 
 def products(summary: Mapping[str, Any]) -> str:
     """What the tasks of a folder give, in the plural: `pictures`, `judgments`, or `results` where it holds both."""
-    kinds = {is_judge(group["name"]) for group in summary["models"]}
-    return {frozenset({True}): "judgments", frozenset({True, False}): "results"}.get(frozenset(kinds), "pictures")
+    return product((group["name"] for group in summary["models"]), "result") + "s"
 
 
 def _head(summary: Mapping[str, Any], made: str) -> list[str]:

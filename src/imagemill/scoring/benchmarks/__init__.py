@@ -31,9 +31,10 @@ ALIASES = {"cn": "zh", "en-intersection": "intersection", "cn-intersection": "zh
 
 
 class RowError(InputError):
-    """What is wrong with a row: `problem` is the field and the mend, without the place."""
+    """What is wrong with a row: `place` is the file and the row, `problem` the field and the mend."""
 
     def __init__(self, place: str, problem: str) -> None:
+        self.place = place
         self.problem = problem
         super().__init__(f"{place}: {problem}")
 
@@ -49,14 +50,14 @@ class Options:
     With `only` of None it is listed: every item, without its pictures (their paths are empty, their files not looked
     for). Else only the items of these ids are read, with their pictures; those inside the file are kept in `cache`, and
     those at an address of the web are what `fetch` makes of it, a path. Without `fetch` addresses are refused. What is
-    wrong with rows gathers in `refused`.
+    wrong with rows gathers in `refused`, as (place, problem): the errors themselves would hold on to the rows' pictures.
     """
 
     lang: str
     cache: Path
     only: frozenset[str] | None = None
     fetch: Callable[[str], str] | None = None
-    refused: list[RowError] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
 
     @contextmanager
     def row(self) -> Iterator[None]:
@@ -66,7 +67,7 @@ class Options:
         except UnreachableError:
             raise
         except RowError as error:
-            self.refused.append(error)
+            self.refused.append((error.place, error.problem))
 
     @property
     def listing(self) -> bool:
@@ -154,11 +155,12 @@ def _all(found: Format, place: Path, options: Options) -> list[Item]:
     return items
 
 
-def _refusal(refused: Sequence[RowError], *, whole: bool) -> TaskFileError:
+def _refusal(refused: Sequence[tuple[str, str]], *, whole: bool) -> TaskFileError:
     """A line for each bad row; one for all of them where the whole benchmark has the same problem."""
-    if whole and len(refused) > 1 and len({error.problem for error in refused}) == 1:
-        return TaskFileError([f"{refused[0]} (so it is in all {len(refused)} rows)"], 1)
-    return TaskFileError([str(error) for error in refused[:SHOWN]], len(refused))
+    lines = [f"{place}: {problem}" for place, problem in refused[:SHOWN]]
+    if whole and len(refused) > 1 and len({problem for _, problem in refused}) == 1:
+        return TaskFileError([f"{lines[0]} (so it is in all {len(refused)} rows)"], 1)
+    return TaskFileError(lines, len(refused))
 
 
 def select(
