@@ -8,6 +8,7 @@ mean of the gradients. `--minutes` measures the first steps and derives how many
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import math
 import os
@@ -189,6 +190,7 @@ def device() -> torch.device:
         torch.backends.cudnn.benchmark = True
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=where if cuda else None)
+        atexit.register(dist.destroy_process_group)
     return where
 
 

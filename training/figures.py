@@ -21,6 +21,7 @@ from classifier import load_classifier
 from measure import (
     WHOLE,
     Picture,
+    add_instructions,
     background_colour,
     background_prompts,
     count_prompts,
@@ -143,12 +144,17 @@ def of_edits(paint: Painter) -> list[tuple[str, str]]:
         if after <= before:
             print(f"no better: {pair['id']} ({pair['instruction']}): {before:.1f} to {after:.1f} dB")
     rows = [(f"PSNR to the target above the source's, {kind}", share(values)) for kind, values in better.items()]
+    added = add_instructions(random.Random(5).sample(NOUNS, 60), paint.out / "plain")
+    seen = nouns_seen(load_classifier(CLASSIFIER), paint("added", [task for task, _ in added], model="tiny-edit"))
+    print("added, seen as others:", [(w, NOUNS[n]) for n, (_, w) in zip(seen, added, strict=True) if NOUNS[n] != w])
+    named = share(NOUNS[number] == want for number, (_, want) in zip(seen, added, strict=True))
     everything = [value for values in better.values() for value in values]
     means = np.mean(gains, axis=0)
     return [
         (f"PSNR to the target above the source's, all {len(pairs)} pairs", share(everything)),
         *rows,
         ("mean PSNR to the target: unedited source, edit", f"{means[0]:.1f} dB, {means[1]:.1f} dB"),
+        (f"noun added to a plain picture, recognised among {len(NOUNS)} by the classifier, {len(added)}", named),
     ]
 
 

@@ -6,11 +6,13 @@ on many: it prints the tables of the model cards.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from classifier import Classifier
 from nouns import article, load_nouns, plural
@@ -172,6 +174,19 @@ def place_prompts(nouns: list[str]) -> list[tuple[str, str]]:
         (f"{a(noun)} on {a(grounds[number % len(grounds)])} background, {place}", place)
         for number, noun in enumerate(nouns)
         for place in PLACES
+    ]
+
+
+def add_instructions(nouns: list[str], folder: Path) -> list[tuple[dict[str, str], str]]:
+    """Tasks such as `add a cat in the middle` to a plain picture, with the noun; colours take turns, their pictures are
+    written into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = [folder / f"{colour}.png" for colour in COLOURS]
+    for path, rgb in zip(plain, COLOURS.values(), strict=True):
+        Image.new("RGB", (128, 128), rgb).save(path)
+    return [
+        ({"prompt": f"add {a(noun)} in the middle", "image": str(plain[number % len(plain)])}, noun)
+        for number, noun in enumerate(nouns)
     ]
 
 

@@ -24,6 +24,7 @@ from imagemill.models import ASSETS
 from measure import (
     WHOLE,
     Picture,
+    add_instructions,
     background_colour,
     background_prompts,
     count_prompts,
@@ -231,6 +232,12 @@ def test_edits_come_nearer_to_their_targets(paint: Painter, tmp_path: Path) -> N
         gains.append(psnr(picture, target) > psnr(source, target))
     assert {pair["category"] for pair in chosen} == {"background", "color", "object", "geometry", "tone"}
     assert share(gains) >= 0.9
+
+
+def test_things_that_are_added_are_recognised(paint: Painter, tmp_path: Path, classifier: Classifier) -> None:
+    added = add_instructions(random.Random(5).sample(NOUNS, 24), tmp_path / "plain")
+    seen = nouns_seen(classifier, paint(tmp_path / "run", [task for task, _ in added], model="tiny-edit"))
+    assert share([NOUNS[number] == want for number, (_, want) in zip(seen, added, strict=True)]) >= 0.9
 
 
 def test_the_benchmark_is_whole() -> None:
