@@ -32,9 +32,9 @@ State: TypeAlias = Literal["absent", "waiting", "loading", "idle", "busy", "endi
 class Worker:
     """What the scheduler knows of one worker. Times are monotonic seconds.
 
-    `batch` is on its device, `saving` are those that left it and whose pictures are being saved. `secluded` says that
-    the task it has is under suspicion and gets no company. `losses` are those in a row without a finished task; of
-    them, `unexplained` are those with a task that had cost no worker before, or with none.
+    `batch` is on its device, `saving` are those that left it, or are about to, and whose pictures are being saved.
+    `secluded` says that the task it has is under suspicion and gets no company. `losses` are those in a row without a
+    finished task; of them, `unexplained` are those with a task that had cost no worker before, or with none.
     """
 
     id: int
@@ -110,8 +110,8 @@ class Board:
     in_flight: dict[int, Entry] = field(default_factory=dict)
 
     def idle(self) -> list[Worker]:
-        """Workers that could take a batch, in order of their numbers."""
-        return [worker for worker in self.workers.values() if worker.has_room]
+        """Workers that could take a batch: first those that have none, each in order of their numbers."""
+        return sorted((worker for worker in self.workers.values() if worker.has_room), key=lambda one: bool(one.saving))
 
 
 class Policy(Protocol):

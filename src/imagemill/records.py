@@ -345,7 +345,8 @@ class WorkerBeat:
 
 @dataclass(frozen=True, slots=True)
 class BatchMade:
-    """A worker has handed a batch to its device and can take the next; the pictures are still to be saved."""
+    """A worker has handed a batch to its device, or all but the last steps, and can take the next; the pictures are still to
+    be saved."""
 
     worker: int
     batch: int

@@ -78,6 +78,7 @@ class SavedBatch:
         self._spans: list[Span] = []
         self._lock = threading.Lock()
         self._open = 1
+        self._called = False
         self._ending: Callable[[], BatchEnded] | None = None
 
     def take(self, result: Result, sink: Sink) -> None:
@@ -96,6 +97,12 @@ class SavedBatch:
             self._failures += [self._failure(error, seq) for seq in self._waiting]
         self._waiting.clear()
 
+    def call_next(self, resident: frozenset[str]) -> None:
+        """Ask for the next batch, once, though this one is not made yet. Only where pictures are saved on threads."""
+        if self._threads is not None and not self._called:
+            self._called = True
+            self._saver.emit(BatchMade(self._saver.worker, self._order.batch, resident))
+
     def made(self, resident: frozenset[str], peak: int, notes: tuple[str, ...]) -> None:
         """No more results will come: the device is free for the next batch. `peak` is its memory in bytes."""
         order, worker = self._order, self._saver.worker
@@ -110,7 +117,7 @@ class SavedBatch:
             self._ending = ending
             saving = self._open > 1
         if saving:
-            self._saver.emit(BatchMade(worker, order.batch, resident))
+            self.call_next(resident)
         self._let_go()
 
     def _let_go(self) -> None:

@@ -7,6 +7,7 @@ which this file is when it is run as `python -m imagemill.worker`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import logging
 import os
@@ -34,7 +35,7 @@ from imagemill.records import (
     WorkOrder,
 )
 from imagemill.runners import Beat, Runner
-from imagemill.saving import Saver, told
+from imagemill.saving import SavedBatch, Saver, told
 
 BEAT_INTERVAL = 0.05
 """Seconds between two beats at least: a fast model must not flood the driver."""
@@ -45,14 +46,41 @@ PARENT_CHECK = 2.0
 log = logging.getLogger("imagemill.worker")
 
 
+class Inbox:
+    """Messages in their order, for the one thread that takes them."""
+
+    def __init__(self, messages: queue.SimpleQueue[Any]) -> None:
+        self._messages = messages
+        self._seen: Any = None
+
+    def take(self) -> Any:
+        """The next message; waits for it."""
+        message, self._seen = self._seen, None
+        return self._messages.get() if message is None else message
+
+    def next_order(self) -> WorkOrder | None:
+        """The next message without taking it, where one is there and is an order."""
+        if self._seen is None:
+            with contextlib.suppress(queue.Empty):
+                self._seen = self._messages.get_nowait()
+        return self._seen if isinstance(self._seen, WorkOrder) else None
+
+
 class Worker:
     """One worker's work. Used by one thread. `emit` takes its events, from any thread; `check` is called at each beat and
-    may raise."""
+    may raise; `next_order` is asked for the order that waits."""
 
-    def __init__(self, spec: WorkerSpec, emit: Callable[[Event], None], check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        emit: Callable[[Event], None],
+        check: Callable[[], None],
+        next_order: Callable[[], WorkOrder | None] = lambda: None,
+    ) -> None:
         self.spec = spec
         self._emit = emit
         self._check = check
+        self._next_order = next_order
         self._saver = Saver(spec.worker, emit, ahead=spec.ahead)
         self._runner: Runner | None = None
         self._loaded: ModelSpec | None = None
@@ -106,7 +134,7 @@ class Worker:
             runner = self._host(order.model)
             sink = self._sink(order.sink)
             runner.expect(order.coming)
-            for result in runner.run(order, self._beat(runner)):
+            for result in runner.run(order, self._beat(runner, batch)):
                 batch.take(result, sink)
             self._memory(runner)
         except Exception as error:
@@ -143,9 +171,14 @@ class Worker:
         self._runner, self._loaded = runner, model
         return runner
 
-    def _beat(self, runner: Runner) -> Beat:
+    def _beat(self, runner: Runner, batch: SavedBatch | None = None) -> Beat:
         def beat(stage: str, seq: int, step: int, steps: int) -> None:
             self._check()
+            if batch is not None and runner.wants_next:
+                batch.call_next(runner.resident)
+                following = self._next_order()
+                if following is not None and following.model == self._loaded:
+                    runner.follow(following)
             now = time.monotonic()
             if now - self._last_beat >= BEAT_INTERVAL:
                 self._last_beat = now
@@ -203,11 +236,12 @@ def main(argv: Sequence[str]) -> None:
 def serve(spec: WorkerSpec, inbox: queue.SimpleQueue[Any], emit: Callable[[Event], None]) -> None:
     """Take messages until `Leave`."""
     log.info("worker %d on %s (%s), pid %d", spec.worker, spec.label, spec.device, os.getpid())
-    worker = Worker(spec, emit, lambda: None)
+    messages = Inbox(inbox)
+    worker = Worker(spec, emit, lambda: None, messages.next_order)
     if not worker.prepare():
         return
     while True:
-        match inbox.get():
+        match messages.take():
             case wire.LoadModel(model):
                 if not worker.load(model):
                     return

@@ -13,7 +13,7 @@ from imagemill import wire
 from imagemill.errors import NoWorkersError
 from imagemill.records import WORKER_THREAD, Event, ModelSpec, WorkerLost, WorkerSpec, WorkOrder
 from imagemill.runners import Cancelled
-from imagemill.worker import Worker
+from imagemill.worker import Inbox, Worker
 
 GRACE = 20.0
 """Seconds a killed thread gets to reach its next denoising step; a thread cannot be ended from outside."""
@@ -57,10 +57,11 @@ class InlineExecutor:
 
         told, reason = False, "stopped"
         try:
-            worker = Worker(spec, self._outbox.put, check)
+            messages = Inbox(inbox)
+            worker = Worker(spec, self._outbox.put, check, messages.next_order)
             log.info("worker %d on %s (%s), inside this process", spec.worker, spec.label, spec.device)
             try:
-                told = not _take_orders(worker, inbox, stop)
+                told = not _take_orders(worker, messages, stop)
             finally:
                 worker.close()
         except Cancelled:
@@ -121,12 +122,12 @@ class InlineExecutor:
             self._thread = None
 
 
-def _take_orders(worker: Worker, inbox: queue.SimpleQueue[Any], stop: threading.Event) -> bool:
+def _take_orders(worker: Worker, messages: Inbox, stop: threading.Event) -> bool:
     """Take messages until told to stop; False when the model does not load, which the worker has told itself."""
     if not worker.prepare():
         return False
     while not stop.is_set():
-        match inbox.get():
+        match messages.take():
             case wire.LoadModel(model):
                 if not worker.load(model):
                     return False

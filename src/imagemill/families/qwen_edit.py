@@ -9,7 +9,7 @@ pipeline of the same parts, whose transformer sees each task's pictures behind i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,9 @@ from imagemill.families import OnStep, Pictures, Size
 from imagemill.families.generic import TextToImage, packed_noise, reference_sizes, refuse_size, step_callback
 from imagemill.plan import Defaults
 from imagemill.records import Task
+from imagemill.runners.early import whole
 from imagemill.runners.reference_tokens import attached
+from imagemill.runners.seen_once import SeenOnce
 from imagemill.runners.streams import sent
 
 if TYPE_CHECKING:
@@ -39,6 +41,14 @@ class Text:
 
     embeds: torch.Tensor
     mask: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the text encoder looks at for one task, and what it has made of it."""
+
+    pictures: list[Image]
+    once: SeenOnce
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +72,23 @@ class QwenEdit(TextToImage):
 
     def encode(self, pipe: Any, tasks: Sequence[Task], pictures: Sequence[Pictures]) -> Conditioning:
         """Each task's text together with its pictures, and its pictures to reference tokens."""
+        return whole(self.encoding(pipe, tasks, pictures))
+
+    def encoding(
+        self, pipe: Any, tasks: Sequence[Task], pictures: Sequence[Pictures]
+    ) -> Generator[None, None, Conditioning]:
+        """`encode` in pieces: the prompts, the negative ones, the reference tokens."""
         import torch
 
         if len(pictures[0]) > 1 and not is_plus(pipe):
             raise BadTask(f"{type(pipe).__name__} takes one picture; the task names {len(pictures[0])}")
-        seen = [look(pipe, own) for own in pictures]
+        seen = [Seen(look(pipe, own), SeenOnce(pipe)) for own in pictures]
         positive = embed(pipe, [task.prompt for task in tasks], seen)
         negative = None
         if (tasks[0].true_cfg_scale or 0) > 1 and tasks[0].negative_prompt is not None:
+            yield
             negative = embed(pipe, [task.negative_prompt or "" for task in tasks], seen)
+        yield
         dtype, unit = positive.embeds.dtype, pipe.vae_scale_factor * 2
         tokens = [torch.cat([encode_picture(pipe, picture, dtype) for picture in own], dim=1) for own in pictures]
         shapes = [(1, picture.height // unit, picture.width // unit) for picture in pictures[0]]
@@ -147,14 +165,15 @@ def look(pipe: Any, pictures: Pictures) -> list[Image]:
     return seen
 
 
-def embed(pipe: Any, prompts: Sequence[str], seen: Sequence[list[Image]]) -> Text:
+def embed(pipe: Any, prompts: Sequence[str], seen: Sequence[Seen]) -> Text:
     """The pipeline's own encoding, one task at a time so that none is padded there, then padded to the longest."""
     import torch
 
-    parts = [
-        pipe.encode_prompt(prompt=[prompt], image=own if is_plus(pipe) else own[0])[0][0]
-        for prompt, own in zip(prompts, seen, strict=True)
-    ]
+    parts = []
+    for prompt, own in zip(prompts, seen, strict=True):
+        with own.once.looking():
+            shown = own.pictures if is_plus(pipe) else own.pictures[0]
+            parts.append(pipe.encode_prompt(prompt=[prompt], image=shown)[0][0])
     longest = max(len(part) for part in parts)
     embeds = torch.stack([torch.cat([part, part.new_zeros(longest - len(part), part.shape[1])]) for part in parts])
     places = torch.arange(longest, device=embeds.device)

@@ -69,6 +69,13 @@ class Runner(Protocol):
     def expect(self, loras: Sequence[Lora]) -> None:
         """Adapters of tasks that may come next; they can be read meanwhile."""
 
+    @property
+    def wants_next(self) -> bool:
+        """Whether it can begin with the next order now, while one still runs; asked at each beat."""
+
+    def follow(self, order: WorkOrder) -> None:
+        """The order that comes next, told from a beat at which the runner wants it; it may be told several times."""
+
     def unload(self) -> None:
         """Free everything on the device."""
 
@@ -87,10 +94,15 @@ class Runner(Protocol):
 
 
 class Untold:
-    """For runners that read nothing ahead and have nothing to say of their loading or of what they had to change."""
+    """For runners that do nothing ahead and have nothing to say of their loading or of what they had to change."""
 
     def expect(self, loras: Sequence[Lora]) -> None:
         """Nothing is read ahead."""
+
+    wants_next = False
+
+    def follow(self, order: WorkOrder) -> None:
+        """Nothing is done ahead."""
 
     def spans(self) -> tuple[Span, ...]:
         """None."""

@@ -19,9 +19,10 @@ from imagemill.plan import adapters_need
 from imagemill.records import Lora, ModelSpec, PlannedTask, Span, Task, WorkOrder
 from imagemill.runners import Beat, Result
 from imagemill.runners.adapters import Adapters, choose
+from imagemill.runners.early import Early
 from imagemill.runners.ladder import Ladder, release
 from imagemill.runners.merged import Merged
-from imagemill.runners.references import Member, by_shapes, take_in
+from imagemill.runners.references import Member, by_shapes
 from imagemill.runners.streams import HostLane, Lane, Stages, lane
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class DiffusionRunner:
         self._pipe: Any = None
         self._family: Family | None = None
         self._lane: Lane = HostLane()
+        self._early: Early | None = None
         self._adapts_text = False
         self._need = adapters_need(())
         self._shape = ""
@@ -77,6 +79,8 @@ class DiffusionRunner:
             self._lane = lane(self.device)
             self._ladder = Ladder(loaded.pipe, self.device, staged=is_staged(loaded.family))
             self._adapts_text = adapts_text(loaded.pipe)
+            pays = is_staged(loaded.family) and not self._adapts_text
+            self._early = Early(loaded.pipe, loaded.family, spec, self._lane, pays=pays)
             self.adapters = choose(self.device, loaded.pipe)
             if spec.tuning.precision == "fp8" and spec.tuning.adapters:
                 self.adapters.hold(loaded.pipe)
@@ -86,7 +90,7 @@ class DiffusionRunner:
             self.unload()
             raise
         self._spec = spec
-        log.info("loaded %s on %s in %.1f s", spec.name, describe(self.device), time.monotonic() - started)
+        log.info("loaded %s in %.1f s; %s", spec.name, time.monotonic() - started, describe(self.device))
 
     def run(self, order: WorkOrder, beat: Beat) -> Iterator[Result]:
         """One result a task. All tasks share model, adapters and group; those whose pictures differ in shape run apart.
@@ -94,7 +98,7 @@ class DiffusionRunner:
         A refusal that meets a batch of several is tried again one task at a time, so that only the culprit fails.
         Raises `ValueError` when the tasks do not belong together or the order is for another model: the sender's defect.
         """
-        if self._spec is None or self._family is None:
+        if self._spec is None or self._family is None or self._early is None:
             raise BadModel(f"no model is loaded on {self.device}")
         if order.model.name != self._spec.name:
             raise ValueError(f"the order is for model {order.model.name!r}; loaded is {self._spec.name!r}")
@@ -104,7 +108,7 @@ class DiffusionRunner:
             if not same_adapters or self._family.group(task) != self._family.group(first):
                 raise ValueError(f"tasks {first.id!r} and {task.id!r} cannot share a batch")
         members: list[Member] = []
-        for found in take_in(order.tasks, self._family, self._spec):
+        for found in self._early.begin(order):
             if isinstance(found, Result):
                 yield found
             else:
@@ -127,14 +131,14 @@ class DiffusionRunner:
     def _fitting(self, family: Family, members: Sequence[Member], beat: Beat) -> list[Result]:
         """As `_batch`; out of memory, it waits for what is under way, and a batch of one then gives way step by step."""
         size = (members[0].planned.task.width or 0, members[0].planned.task.height or 0)
-        assert self._ladder is not None, "a model is loaded"
+        assert self._ladder is not None and self._early is not None, "a model is loaded"
         while True:
             try:
-                return self._batch(family, members, self._ladder, beat)
+                return self._batch(family, members, self._ladder, self._early, beat)
             except Exception as error:
                 if not isinstance(classify(error), OutOfMemory):
                     raise
-                if self._land_last():
+                if self._land_last() or self._early.give_up():
                     release(error, self.device)
                     continue
                 note = self._ladder.step_down(error, size) if len(members) == 1 else None
@@ -148,36 +152,45 @@ class DiffusionRunner:
         flying, self._flying = self._flying, None
         return flying is not None and flying.land()
 
-    def _batch(self, family: Family, members: Sequence[Member], ladder: Ladder, beat: Beat) -> list[Result]:
+    def _batch(
+        self, family: Family, members: Sequence[Member], ladder: Ladder, early: Early, beat: Beat
+    ) -> list[Result]:
         """Launch all stages of a batch; its pictures are on their way when this returns."""
         import torch
 
         tasks = [member.planned.task for member in members]
         seq, count, steps = members[0].planned.ticket.seq, len(members), tasks[0].steps or 0
         lane, stages, size = self._lane, Stages(), (tasks[0].width or 0, tasks[0].height or 0)
+
+        def on_step(step: int, steps: int) -> None:
+            early.left(steps - step, members)
+            beat("denoise", seq, step, steps)
+            early.advance()
+
         if self._adapts_text:
             with ladder.denoising(size):
                 self._apply(tasks[0].loras, stages)
         with torch.inference_mode():
             beat("encode", seq, 0, steps)
-            with ladder.encoding(size), lane.ahead(), lane.stage(stages, "encode"):
-                conditioning = family.encode(self._pipe, tasks, [member.pictures for member in members])
+            if encoded := early.claim(members):
+                conditioning, stages = encoded
+            else:
+                with ladder.encoding(size), lane.ahead(), lane.stage(stages, "encode"):
+                    conditioning = family.encode(self._pipe, tasks, [member.pictures for member in members])
         if not self._adapts_text:
             # Text first: a change of adapters is so many launches that the device would run dry before the text's.
             with ladder.denoising(size):
                 self._apply(tasks[0].loras, stages)
+        self._shape = f"shape:{size[0]}x{size[1]}"
         with torch.inference_mode():
             with ladder.denoising(size), lane.stage(stages, "denoise"):
-                latents = family.denoise(
-                    self._pipe, tasks, conditioning, lambda step, steps: beat("denoise", seq, step, steps)
-                )
+                latents = family.denoise(self._pipe, tasks, conditioning, on_step)
             beat("decode", seq, steps, steps)
             with ladder.decoding(size), lane.stage(stages, "decode"):
                 pictures = family.decode(self._pipe, tasks, latents)
                 if len(pictures) != count:
                     raise BadOutput(f"{len(pictures)} pictures came out for {count} tasks")
                 levels, finite = lane.leave(to_levels(pictures)), lane.leave(all_finite(pictures))
-        self._shape = f"shape:{size[0]}x{size[1]}"
         # What the side stream made must not be freed before the main stream has used it.
         held = (conditioning, latents, pictures)
         landing = self._flying = Landing(lane, stages, count, seq, levels, finite, ladder.marks(size), held)
@@ -189,6 +202,16 @@ class DiffusionRunner:
     def expect(self, loras: Sequence[Lora]) -> None:
         """Read adapters that may be needed next, on a thread."""
         self.adapters.prefetch(loras)
+
+    @property
+    def wants_next(self) -> bool:
+        """In the last steps of an edit, where the next one's encoding can be launched between them."""
+        return self._early is not None and self._early.wanted
+
+    def follow(self, order: WorkOrder) -> None:
+        """Begin with the pictures that the next order edits."""
+        if self._early is not None and self._spec is not None and order.model.name == self._spec.name:
+            self._early.follow(order)
 
     def _apply(self, loras: Sequence[Lora], stages: Stages) -> None:
         import torch
@@ -206,7 +229,9 @@ class DiffusionRunner:
 
         self._land_last()
         self.adapters.close()
-        self._spec = self._pipe = self._family = self._ladder = None
+        if self._early is not None:
+            self._early.close()
+        self._spec = self._pipe = self._family = self._ladder = self._early = None
         self.adapters = Adapters()
         self._lane = HostLane()
         self._need, self._shape = adapters_need(()), ""
@@ -283,7 +308,8 @@ class Landing:
             self._held = None
             times = self._lane.times(self._stages, self._token)
             self._untold = tuple(Span(name, start, seconds, seq=self._seq) for name, start, seconds in times)
-            self._seconds = {span.stage: span.seconds / self._count for span in self._untold}
+            for span in self._untold:  # a stage may have been done in pieces
+                self._seconds[span.stage] = self._seconds.get(span.stage, 0.0) + span.seconds / self._count
             return True
 
     def result(self, place: int, planned: PlannedTask) -> Result:

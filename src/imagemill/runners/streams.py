@@ -37,8 +37,18 @@ class Lane(Protocol):
     def stage(self, stages: Stages, name: str) -> Any:
         """A context whose work is the stage of that name."""
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether anything is gained by launching work before its turn."""
+
+    def beside(self) -> Any:
+        """A context whose work need not wait for what was launched before; nothing waits for it until `join`."""
+
+    def join(self) -> None:
+        """What is launched after waits for the work that was launched `beside`."""
+
     def ahead(self) -> Any:
-        """A context whose work need not wait for what was launched before; what is launched after waits for it."""
+        """`beside`, joined at its end."""
 
     def leave(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor in host memory, once `arrived` was waited for."""
@@ -63,6 +73,16 @@ class HostLane:
         yield
         stages.marks.append((name, started, time.monotonic()))
 
+    overlaps = False
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Its turn is now."""
+        yield
+
+    def join(self) -> None:
+        """Nothing to wait for."""
+
     @contextmanager
     def ahead(self) -> Iterator[None]:
         """Nothing runs ahead."""
@@ -86,7 +106,8 @@ class HostLane:
 class CudaLane:
     """A GPU: a stream for the steps and the decoder, one for text and source pictures, one for pictures that leave.
 
-    Text goes first: it is launched when the batch before nears its end, and the next steps wait for it.
+    Text goes first: it is launched when the batch before nears its end, and the next steps wait for it. With pictures to
+    edit it is launched `beside`, between the steps of the batch before.
     """
 
     def __init__(self, device: str) -> None:
@@ -115,12 +136,24 @@ class CudaLane:
         yield
         stages.marks.append((name, begin, self._event(self._torch.cuda.current_stream(self._device))))
 
+    overlaps = True
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Work on the side stream."""
+        with self._torch.cuda.stream(self._ahead):
+            yield
+
+    def join(self) -> None:
+        """The main stream waits for the side stream."""
+        self._main.wait_stream(self._ahead)
+
     @contextmanager
     def ahead(self) -> Iterator[None]:
         """Work on the side stream; the main stream waits for it afterwards."""
-        with self._torch.cuda.stream(self._ahead):
+        with self.beside():
             yield
-        self._main.wait_stream(self._ahead)
+        self.join()
 
     def leave(self, tensor: torch.Tensor) -> torch.Tensor:
         """Into pinned memory, on a stream that nothing waits for."""

@@ -1,0 +1,170 @@
+"""The pictures that the next batch edits: read on a thread while a batch is at work, and encoded between its steps.
+
+A CPU launches the encoding of an edit more slowly than a GPU runs it, so at a batch's own turn the GPU would wait; between
+two steps it has enough to do meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeAlias, TypeVar
+
+from imagemill.families import Family
+from imagemill.records import ModelSpec, WorkOrder
+from imagemill.runners import Result
+from imagemill.runners.references import Member, by_shapes, take_in
+from imagemill.runners.streams import Lane, Stages
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LAST_STEPS = 4
+"""So many steps before its end a batch asks for the next one: time for the driver's answer, the reading, three pieces. Not
+sooner: another worker might be free for it first."""
+
+Encoded: TypeAlias = tuple[Any, Stages]
+"""Conditioning, and the marks around the pieces of its making."""
+
+
+class Early:
+    """What one loaded pipeline does for the next order while it runs one. Used by the runner's thread.
+
+    `pays` says whether anything is gained at all: the stages are apart, and no adapter changes the text encoder.
+    """
+
+    def __init__(self, pipe: Any, family: Family, model: ModelSpec, lane: Lane, *, pays: bool) -> None:
+        self.wanted = False
+        self._pipe = pipe
+        self._family = family
+        self._model = model
+        self._lane = lane
+        self._pays = pays and lane.overlaps
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+        self._own: EarlyOrder | None = None
+        self._next: EarlyOrder | None = None
+
+    def begin(self, order: WorkOrder) -> Iterable[Member | Result]:
+        """Its turn has come: its tasks with their pictures, read early or now."""
+        self._own, self._next, self.wanted = self._next, None, False
+        if self._own is not None and self._own.order is not order:
+            self._own = None
+        return self._own.members() if self._own else take_in(order.tasks, self._family, self._model)
+
+    def claim(self, members: Sequence[Member]) -> Encoded | None:
+        """The encoding of this batch, if it was begun early."""
+        return self._own.claim(members, self._lane) if self._own else None
+
+    def left(self, steps: int, members: Sequence[Member]) -> None:
+        """This batch has so many steps left to launch: whether the next order is wanted now."""
+        self.wanted = self._pays and steps < LAST_STEPS and bool(members[0].pictures)
+
+    def follow(self, order: WorkOrder) -> None:
+        """Begin to read the pictures of the order that comes next; nothing if it has none or was told before."""
+        if self._next is None or self._next.order is not order:
+            edits = any(planned.task.images for planned in order.tasks)
+            self._next = EarlyOrder(order, self._family, self._model, self._thread) if edits else None
+
+    def advance(self) -> None:
+        """Launch a piece of the next order's encoding, if there is one."""
+        if self._next is not None:
+            self._next.advance(self._pipe, self._lane)
+
+    def give_up(self) -> bool:
+        """Let go of all that is on the device, and encode nothing early from now on; False when that makes no room."""
+        held = self._pays and (self._own is not None or self._next is not None)
+        self._pays = self.wanted = False
+        self._own = self._next = None
+        return held
+
+    def close(self) -> None:
+        """End the thread, after the picture it is at."""
+        self._own = self._next = None
+        self._thread.shutdown(cancel_futures=True)
+
+
+class EarlyOrder:
+    """One order that comes next; only its first batch is encoded.
+
+    What fails here is left to the order's own turn, where the same is tried again and told.
+    """
+
+    def __init__(self, order: WorkOrder, family: Family, model: ModelSpec, thread: ThreadPoolExecutor) -> None:
+        self.order = order
+        self._family = family
+        self._reading: Future[list[Member | Result]] = thread.submit(lambda: list(take_in(order.tasks, family, model)))
+        self._first: Sequence[Member] = ()
+        self._pieces: Generator[None, None, Any] | None = None
+        self._made: Encoded | None = None
+        self._stages = Stages()
+        self._over = False
+
+    def members(self) -> list[Member | Result]:
+        """The tasks with their pictures, as `take_in` has them; waits for them."""
+        return self._reading.result()
+
+    def advance(self, pipe: Any, lane: Lane) -> None:
+        """Launch another piece, once the pictures are read and while there is one."""
+        if self._over or not self._reading.done():
+            return
+        try:
+            if self._pieces is None:
+                self._begin(pipe)
+            self._piece(lane)
+        except Exception as error:
+            self._fail(error)
+
+    def claim(self, members: Sequence[Member], lane: Lane) -> Encoded | None:
+        """The encoding of this batch, if it was begun, and once; what is missing is launched now. What is launched next on the
+        main stream waits for it."""
+        if self._pieces is None or list(map(id, members)) != list(map(id, self._first)):
+            return None
+        try:
+            while not self._over:
+                self._piece(lane)
+        except Exception as error:
+            self._fail(error)
+        made, self._made = self._made, None
+        if made is not None:
+            lane.join()
+        return made
+
+    def _begin(self, pipe: Any) -> None:
+        members = [member for member in self.members() if isinstance(member, Member)]
+        self._first = by_shapes(members, self._family)[0] if members else ()
+        tasks, pictures = [one.planned.task for one in self._first], [one.pictures for one in self._first]
+        self._pieces = pieces(self._family, pipe, tasks, pictures)
+        self._over = not members
+
+    def _piece(self, lane: Lane) -> None:
+        if self._over or self._pieces is None:
+            return
+        with lane.beside(), lane.stage(self._stages, "encode"):
+            try:
+                next(self._pieces)
+            except StopIteration as end:
+                self._made, self._over = (end.value, self._stages), True
+
+    def _fail(self, error: Exception) -> None:
+        log.info("encoding ahead is given up, it is done at the batch's own turn: %s", error)
+        self._over, self._pieces, self._made = True, None, None
+
+
+def pieces(family: Family, pipe: Any, tasks: Sequence[Any], pictures: Sequence[Any]) -> Generator[None, None, Any]:
+    """A family's `encode`, in pieces where it has them (`encoding`)."""
+    encoding = getattr(family, "encoding", None)
+    if encoding is not None:
+        return (yield from encoding(pipe, tasks, pictures))
+    return family.encode(pipe, tasks, pictures)
+
+
+def whole(encoding: Generator[None, None, T]) -> T:
+    """What a generator of pieces comes to, all at once."""
+    try:
+        while True:
+            next(encoding)
+    except StopIteration as end:
+        made: T = end.value
+        return made
