@@ -10,18 +10,20 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache as cached
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from imagemill.errors import InputError, TaskFileError
 from imagemill.scoring.item import Item
 from imagemill.staging import SHOWN
+
+if TYPE_CHECKING:
+    from imagemill.scoring.benchmarks._row import Row
 
 LANGUAGES = ("en", "zh", "intersection", "zh-intersection")
 """What `lang` may be; the last two are GEdit-Bench's items that every model of its paper answered."""
@@ -49,25 +51,13 @@ class Options:
 
     With `only` of None it is listed: every item, without its pictures (their paths are empty, their files not looked
     for). Else only the items of these ids are read, with their pictures; those inside the file are kept in `cache`, and
-    those at an address of the web are what `fetch` makes of it, a path. Without `fetch` addresses are refused. What is
-    wrong with rows gathers in `refused`, as (place, problem): the errors themselves would hold on to the rows' pictures.
+    those at an address of the web are what `fetch` makes of it, a path. Without `fetch` addresses are refused.
     """
 
     lang: str
     cache: Path
     only: frozenset[str] | None = None
     fetch: Callable[[str], str] | None = None
-    refused: list[tuple[str, str]] = field(default_factory=list)
-
-    @contextmanager
-    def row(self) -> Iterator[None]:
-        """Around the reading of one row: what is wrong with it is kept, and the next row's turn comes."""
-        try:
-            yield
-        except UnreachableError:
-            raise
-        except RowError as error:
-            self.refused.append((error.place, error.problem))
 
     @property
     def listing(self) -> bool:
@@ -88,9 +78,14 @@ class Format(Protocol):
     def recognises(self, path: Path) -> bool:
         """True when the file or folder is of this format, by its name and its beginning. `path` exists."""
 
-    def read(self, path: Path, options: Options) -> Iterator[Item]:
-        """The items in the order of the file, each made within `options.row()`, where a `RowError` says file, row, field and
-        mend in one line. What is wrong with the whole file is raised."""
+    def rows(self, path: Path, options: Options) -> Iterable[Row]:
+        """The rows in the order of the file. What is wrong with the whole file is raised as `InputError`."""
+
+    def key(self, row: Row, options: Options) -> str | None:
+        """The id of a row's item; None for a row that is not of the language. Raises `RowError`, as `item` does."""
+
+    def item(self, row: Row, key: str, options: Options) -> Item:
+        """The item of a row that is wanted."""
 
 
 @cached
@@ -144,14 +139,23 @@ def read_benchmark(
 
 
 def _all(found: Format, place: Path, options: Options) -> list[Item]:
-    """What a format reads, up to the last that is wanted. Raises `TaskFileError` for the rows that it refused."""
+    """The items of the rows that are wanted, up to the last of them. Raises `TaskFileError` for all rows that are refused."""
     items: list[Item] = []
-    for item in found.read(place, options):
-        items.append(item)
+    # Not the errors themselves: they would hold on to the rows, which may have their pictures in them.
+    refused: list[tuple[str, str]] = []
+    for row in found.rows(place, options):
+        try:
+            key = found.key(row, options)
+            if key is not None and not options.skips(key):
+                items.append(found.item(row, key, options))
+        except UnreachableError:
+            raise
+        except RowError as error:
+            refused.append((error.place, error.problem))
         if options.only is not None and len(items) == len(options.only):
             break
-    if options.refused:
-        raise _refusal(options.refused, whole=not items)
+    if refused:
+        raise _refusal(refused, whole=not items)
     return items
 
 

@@ -17,12 +17,14 @@ from imagemill.sources.metadata import jsonable
 
 
 class Row:
-    """The fields of a row. `roots` are the folders under which its pictures are looked for, in that order.
+    """The fields of a row. `roots` are the folders under which its pictures are looked for, in that order; `id` is the id of
+    its item where the file as a whole gives it.
 
     Every method raises `RowError` with place, field and mend for a value that is not what it asks for.
     """
 
     def __init__(self, place: str, data: Mapping[str, Any], options: Options, roots: Sequence[Path]) -> None:
+        self.id = ""
         self._place = place
         self._data = data
         self._options = options
@@ -30,6 +32,10 @@ class Row:
 
     def __contains__(self, field: str) -> bool:
         return field in self._data
+
+    def raw(self, field: str) -> Any:
+        """The value as it stands in the file, None where there is none."""
+        return self._data.get(field)
 
     def refusal(self, field: str, problem: str) -> RowError:
         """The error for a field."""

@@ -8,7 +8,6 @@ number from 0 in five digits, with that name behind it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from imagemill.scoring.benchmarks import Options
@@ -31,26 +30,32 @@ class Base64List:
         text = head(path) if path.suffix.lower() == ".json" else ""
         return text.startswith("[") and bool({"src_img_b64", "edit_instruction", "edit_instruction_en"} & keys_in(text))
 
-    def read(self, path: Path, options: Options) -> Iterator[Item]:
-        """The items of the list."""
+    def rows(self, path: Path, options: Options) -> list[Row]:
+        """The rows of the list, with their ids."""
         rows = [Row(place, data, options, [path.parent]) for place, data in list_rows(path)]
+        for row, known in zip(rows, _ids(rows), strict=True):
+            row.id = known
+        return rows
+
+    def key(self, row: Row, options: Options) -> str:
+        """The id that the file as a whole gives."""
+        return row.id
+
+    def item(self, row: Row, key: str, options: Options) -> Item:
+        """The item, in the language."""
         end, other = ("", "en") if options.lang == "zh" else ("_en", "zh")
-        for item, row in zip(_ids(rows), rows, strict=True):
-            with options.row():
-                if options.skips(item):
-                    continue
-                image = row.decoded("src_img_b64")
-                rationale = row.maybe(f"rationale_short{end}")
-                yield Item(
-                    id=item,
-                    category=row.text("subset"),
-                    instruction=row.text(f"edit_instruction{end}", f"write one, or read the other with --lang {other}"),
-                    image=image,
-                    source_caption=row.maybe(f"original_description{end}"),
-                    seed=row.seed(),
-                    source=Path(image).name,
-                    metadata={**row.rest(KNOWN), **({"rationale_short": rationale} if rationale else {})},
-                )
+        image = row.decoded("src_img_b64")
+        rationale = row.maybe(f"rationale_short{end}")
+        return Item(
+            id=key,
+            category=row.text("subset"),
+            instruction=row.text(f"edit_instruction{end}", f"write one, or read the other with --lang {other}"),
+            image=image,
+            source_caption=row.maybe(f"original_description{end}"),
+            seed=row.seed(),
+            source=Path(image).name,
+            metadata={**row.rest(KNOWN), **({"rationale_short": rationale} if rationale else {})},
+        )
 
 
 def _ids(rows: list[Row]) -> list[str]:

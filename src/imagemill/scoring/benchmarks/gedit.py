@@ -64,35 +64,34 @@ class GEdit:
         text = head(file) if file else ""
         return "instruction_language" in keys_in(text) or (text.startswith("{") and '"fullset/' in text)
 
-    def read(self, path: Path, options: Options) -> Iterator[Item]:
-        """The items of the language."""
+    def rows(self, path: Path, options: Options) -> Iterator[Row]:
+        """The rows of all languages."""
         root = path if path.is_dir() else path.parent
-        for place, data in _rows(path, options):
-            with options.row():
-                row = Row(place, data, options, [root])
-                language = row.text("instruction_language", "write en or cn")
-                if language not in ("en", "cn"):
-                    raise row.refusal(
-                        "instruction_language", f"{language!r} is no language of GEdit-Bench; write en or cn"
-                    )
-                if language != CODES[options.lang] or not _asked(row, options.lang):
-                    continue
-                task, key = row.text("task_type"), row.text("key")
-                item = f"{task}_{language}_{key}"
-                if options.skips(item):
-                    continue
-                image = _picture(row, data, task, language, key)
-                metadata = {"key": key, "instruction_language": language, **row.rest(KNOWN)}
-                if "Intersection_exist" in row:
-                    metadata["Intersection_exist"] = row.flag("Intersection_exist")
-                yield Item(
-                    id=item,
-                    category=task,
-                    instruction=row.text("instruction"),
-                    image=image,
-                    source=digest_file(image) if image else "",
-                    metadata=metadata,
-                )
+        return (Row(place, data, options, [root]) for place, data in _rows(path, options))
+
+    def key(self, row: Row, options: Options) -> str | None:
+        """TASK_LANGUAGE_KEY."""
+        language = row.text("instruction_language", "write en or cn")
+        if language not in ("en", "cn"):
+            raise row.refusal("instruction_language", f"{language!r} is no language of GEdit-Bench; write en or cn")
+        if language != CODES[options.lang] or not _asked(row, options.lang):
+            return None
+        return f"{row.text('task_type')}_{language}_{row.text('key')}"
+
+    def item(self, row: Row, key: str, options: Options) -> Item:
+        """The item, its source known by the digest of its bytes."""
+        image, language = _picture(row), row.text("instruction_language")
+        metadata = {"key": row.text("key"), "instruction_language": language, **row.rest(KNOWN)}
+        if "Intersection_exist" in row:
+            metadata["Intersection_exist"] = row.flag("Intersection_exist")
+        return Item(
+            id=key,
+            category=row.text("task_type"),
+            instruction=row.text("instruction"),
+            image=image,
+            source=digest_file(image) if image else "",
+            metadata=metadata,
+        )
 
 
 def _asked(row: Row, lang: str) -> bool:
@@ -103,11 +102,12 @@ def _asked(row: Row, lang: str) -> bool:
     return row.flag("Intersection_exist")
 
 
-def _picture(row: Row, data: Mapping[str, Any], task: str, language: str, key: str) -> str:
+def _picture(row: Row) -> str:
     """The source of a row: in it, where it says, or where the example of the repository writes it."""
     for field in PICTURES:
-        if field in data:
+        if field in row:
             return row.picture(field)
+    task, language, key = (row.text(field) for field in ("task_type", "instruction_language", "key"))
     places = (
         f"fullset/{task}/{language}/{key}_SRCIMG.png",
         f"{key}_SRCIMG.png",

@@ -37,25 +37,27 @@ class ImgEdit:
         text = head(path) if path.suffix.lower() == ".json" else ""
         return text.startswith("{") and {"id", "prompt"} <= keys_in(text) and '"fullset/' not in text
 
-    def read(self, path: Path, options: Options) -> Iterator[Item]:
-        """The items by the keys of the file."""
+    def rows(self, path: Path, options: Options) -> Iterator[Row]:
+        """The rows under the keys of the file."""
         path = _file(path)
         above = (path.parent, *path.parent.parents[:2])
         roots = [path.parent, *(folder / name for folder in above for name in PICTURES)]
-        for place, data in mapping_rows(path):
-            with options.row():
-                row = Row(place, data, options, roots)
-                item = row.text("key")
-                if options.skips(item):
-                    continue
-                yield Item(
-                    id=item,
-                    category=row.text("edit_type", "write one; only edits of one turn of the basic suite are read"),
-                    instruction=row.text("prompt"),
-                    image=row.picture("id"),
-                    source=row.text("id"),
-                    metadata=row.rest(KNOWN),
-                )
+        return (Row(place, data, options, roots) for place, data in mapping_rows(path))
+
+    def key(self, row: Row, options: Options) -> str:
+        """The key of the file."""
+        return row.text("key")
+
+    def item(self, row: Row, key: str, options: Options) -> Item:
+        """The item."""
+        return Item(
+            id=key,
+            category=row.text("edit_type", "write one; only edits of one turn of the basic suite are read"),
+            instruction=row.text("prompt"),
+            image=row.picture("id"),
+            source=row.text("id"),
+            metadata=row.rest(KNOWN),
+        )
 
 
 def _file(path: Path) -> Path:

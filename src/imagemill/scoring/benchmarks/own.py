@@ -42,34 +42,35 @@ class Own:
         found = columns(path) if path.suffix.lower() == ".parquet" else set()
         return "instruction" in found and GEDIT not in found
 
-    def read(self, path: Path, options: Options) -> Iterator[Item]:
-        """The items of the file."""
+    def rows(self, path: Path, options: Options) -> Iterator[Row]:
+        """The rows of the file."""
         path = _file(path)
         lines = path.suffix.lower() in LINES
         rows: Rows = jsonl_rows(path) if lines else parquet_rows(path, pictures=not options.listing)
-        for place, data in rows:
-            with options.row():
-                row = Row(place, data, options, [path.parent])
-                item = row.name("id")
-                if options.skips(item):
-                    continue
-                image = row.picture("image")
-                named = data.get("image")
-                yield Item(
-                    id=item,
-                    category=row.text("category"),
-                    instruction=_instruction(row, options.lang),
-                    image=image,
-                    images=row.pictures("images"),
-                    source_caption=(row.maybe("source_caption_zh") if options.lang == "zh" else "")
-                    or row.maybe("source_caption"),
-                    target=row.maybe_picture("target"),
-                    mask=row.maybe_picture("mask"),
-                    seed=row.seed(),
-                    questions=row.texts("questions"),
-                    source=named if isinstance(named, str) else Path(image).name,
-                    metadata=row.rest(KNOWN),
-                )
+        return (Row(place, data, options, [path.parent]) for place, data in rows)
+
+    def key(self, row: Row, options: Options) -> str:
+        """Its `id`."""
+        return row.name("id")
+
+    def item(self, row: Row, key: str, options: Options) -> Item:
+        """The item, in the language."""
+        image, named = row.picture("image"), row.raw("image")
+        return Item(
+            id=key,
+            category=row.text("category"),
+            instruction=_instruction(row, options.lang),
+            image=image,
+            images=row.pictures("images"),
+            source_caption=(row.maybe("source_caption_zh") if options.lang == "zh" else "")
+            or row.maybe("source_caption"),
+            target=row.maybe_picture("target"),
+            mask=row.maybe_picture("mask"),
+            seed=row.seed(),
+            questions=row.texts("questions"),
+            source=named if isinstance(named, str) else Path(image).name,
+            metadata=row.rest(KNOWN),
+        )
 
 
 def _instruction(row: Row, lang: str) -> str:

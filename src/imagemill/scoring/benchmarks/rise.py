@@ -40,32 +40,33 @@ class Rise:
         text = head(path) if path.suffix.lower() == ".json" else ""
         return text.startswith("[") and {"index", "instruction", "image"} <= keys_in(text)
 
-    def read(self, path: Path, options: Options) -> Iterator[Item]:
-        """The items by their `index`."""
+    def rows(self, path: Path, options: Options) -> Iterator[Row]:
+        """The rows of the list."""
         path = _file(path)
-        for place, data in list_rows(path):
-            with options.row():
-                row = Row(place, _with_images(data), options, [path.parent, path.parent / "data"])
-                item = row.name("index")
-                if options.skips(item):
-                    continue
-                for field in ("instruction", "category"):
-                    if isinstance(data.get(field), list):
-                        raise row.refusal(
-                            field, "is a list of turns; only edits of one turn are read: take the row out"
-                        )
-                yield Item(
-                    id=item,
-                    category=row.text("category"),
-                    instruction=row.text("instruction")
-                    if options.lang == "en"
-                    else row.text("instruction_chinese", "write the instruction in Chinese, or use --lang en"),
-                    image=row.picture("image"),
-                    images=row.pictures("images"),
-                    target=row.maybe_picture("reference_img"),
-                    source=row.text("image", "name the picture's file"),
-                    metadata={**_reference(row, options.lang), **row.rest((*KNOWN, "images"))},
-                )
+        roots = [path.parent, path.parent / "data"]
+        return (Row(place, _with_images(data), options, roots) for place, data in list_rows(path))
+
+    def key(self, row: Row, options: Options) -> str:
+        """Its `index`."""
+        return row.name("index")
+
+    def item(self, row: Row, key: str, options: Options) -> Item:
+        """The item, in the language."""
+        for field in ("instruction", "category"):
+            if isinstance(row.raw(field), list):
+                raise row.refusal(field, "is a list of turns; only edits of one turn are read: take the row out")
+        return Item(
+            id=key,
+            category=row.text("category"),
+            instruction=row.text("instruction")
+            if options.lang == "en"
+            else row.text("instruction_chinese", "write the instruction in Chinese, or use --lang en"),
+            image=row.picture("image"),
+            images=row.pictures("images"),
+            target=row.maybe_picture("reference_img"),
+            source=row.text("image", "name the picture's file"),
+            metadata={**_reference(row, options.lang), **row.rest((*KNOWN, "images"))},
+        )
 
 
 def _with_images(data: Mapping[str, Any]) -> Mapping[str, Any]:
