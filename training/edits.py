@@ -7,6 +7,7 @@ smaller) and tone (greyscale, darker, brighter). A scene stands on a colour or o
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from nouns import Noun, article
@@ -93,14 +94,16 @@ class Edit:
 
 
 class Editor:
-    """Draws edits from one source of chance. `photos` are the numbers of the photos it may use; `adds` is the weight of
-    `add`, the edit that is hardest to learn, beside the other `WEIGHTS`."""
+    """Draws edits from one source of chance. `photos` are the numbers of the photos it may use; `weights` says how often
+    each edit comes, beside the other `WEIGHTS`."""
 
-    def __init__(self, nouns: list[Noun], photos: list[int], dice: random.Random, adds: float = WEIGHTS["add"]) -> None:
+    def __init__(
+        self, nouns: list[Noun], photos: list[int], dice: random.Random, weights: Mapping[str, float] = WEIGHTS
+    ) -> None:
         self.nouns = nouns
         self.photos = photos
         self.dice = dice
-        self.weights = WEIGHTS | {"add": adds}
+        self.weights = WEIGHTS | dict(weights)
 
     def edit(self, edit: str = "", on_photo: bool | None = None) -> Edit:
         """One edit, of the named kind or of any; `on_photo` says whether it happens on a photo."""

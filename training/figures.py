@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -202,15 +203,15 @@ def sheets(paint: Painter, folder: Path) -> None:
 
 def grid(cells: Sequence[tuple[Picture, str]], columns: int, path: Path) -> None:
     """Pictures side by side, each with its words below."""
-    width, height, text = 132, 132, 26
+    width, height, text = 132, 132, 38
     rows = -(-len(cells) // columns)
     sheet = Image.new("RGB", (columns * width, rows * (height + text)), "white")
     pen = ImageDraw.Draw(sheet)
     for number, (picture, words) in enumerate(cells):
         x, y = number % columns * width, number // columns * (height + text)
         sheet.paste(Image.fromarray(picture), (x + 2, y + 2))
-        for line, part in enumerate((words[:22], words[22:44])):
-            pen.text((x + 3, y + height + 12 * line), part.strip(), fill=(60, 60, 60))
+        for line, part in enumerate(textwrap.wrap(words, 22)[:3]):
+            pen.text((x + 3, y + height + 12 * line), part, fill=(60, 60, 60))
     sheet.save(path, optimize=True)
 
 

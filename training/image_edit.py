@@ -7,6 +7,7 @@ Flux: x = (1 - sigma) * target + sigma * noise, time input sigma, target noise -
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,15 @@ def pack(latent: Tensor) -> Tensor:
 class EditDrawer:
     """Draws batches of edits; made once, then copied into the feeder processes."""
 
-    def __init__(self, tokens: Any, batch: int, photos: list[int], adds: float = WEIGHTS["add"]) -> None:
+    def __init__(self, tokens: Any, batch: int, photos: list[int], weights: Mapping[str, float] = WEIGHTS) -> None:
         self.nouns = load_nouns()
         self.tokens = tokens
         self.batch = batch
         self.photos = photos
-        self.adds = adds
+        self.weights = weights
 
     def __call__(self, seed: int, turn: int) -> Batch:
-        editor = Editor(self.nouns, self.photos, random.Random(seed), self.adds)
+        editor = Editor(self.nouns, self.photos, random.Random(seed), self.weights)
         edits = [editor.edit() for _ in range(self.batch)]
         texts = self.tokens([edit.instruction + "<|im_end|>" for edit in edits]).input_ids
         ids = np.full((self.batch, EDIT_TOKENS), self.tokens.pad_token_id, np.int64)
@@ -165,10 +166,24 @@ def pipeline(model: EditDenoiser, lesson: EditLesson, vae: Path, tokens: Any) ->
     )
 
 
+def weights_of(text: str) -> dict[str, float]:
+    """How often edits come: `add=0.86,bigger=0.3`."""
+    found = {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
+    if unknown := sorted(set(found) - set(WEIGHTS)):
+        raise ValueError(f"no edit is called {unknown[0]}")
+    return found
+
+
+def listed(weights: Mapping[str, float]) -> str:
+    return ",".join(f"{name}={weight}" for name, weight in weights.items())
+
+
 def main() -> None:
     command = parser(__doc__)
     command.add_argument("--vae", type=Path, required=True)
-    command.add_argument("--adds", type=float, default=WEIGHTS["add"], help="weight of `add` beside the other edits")
+    command.add_argument(
+        "--weights", type=weights_of, default={}, metavar="EDIT=WEIGHT,...", help=f"instead of {listed(WEIGHTS)}"
+    )
     options = command.parse_args()
     torch.manual_seed(options.seed)
     tokens = tokenizer(load_nouns(), EDIT_TOKENS)
@@ -182,7 +197,7 @@ def main() -> None:
     lesson = EditLesson(model, atlas, options.vae, not options.no_compile)
     usual = EditDrawer(tokens, options.batch, photos)
     lesson.measure([usual(77 + number, number) for number in range(2)])
-    drawer = EditDrawer(tokens, options.batch, photos, options.adds)
+    drawer = EditDrawer(tokens, options.batch, photos, options.weights)
     seed = options.seed + course.rank + 100 * course.step
     batches = feed(drawer, seed, options.feeders)
     course.run(lambda step: lesson.loss(next(batches)))
