@@ -261,7 +261,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """One ended attempt of a task that did not give a picture. `shared`: its worker was lost and had another batch, too."""
+    """One ended attempt of a task that did not give a picture. `shared`: its worker was lost and had another batch, too,
+    so that either may have done it."""
 
     attempt: int
     worker: int

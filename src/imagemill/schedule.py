@@ -241,6 +241,7 @@ class Scheduler:
             return []
         self._extend(worker, now)
         worker.completed += len(batch.tickets)
+        crowded = bool(worker.batches)
         receipts = {receipt.seq: receipt for receipt in event.receipts}
         failures = {failure.seq: failure for failure in event.failures}
         commands: list[Command] = []
@@ -251,8 +252,10 @@ class Scheduler:
                 commands += self._done(worker, entry, receipt)
                 continue
             failure = failures.get(ticket.seq) or Failure(ticket.seq, attempt, "transient", "the worker gave no result")
-            commands += self._failed(worker, entry, failure, len(batch.tickets), now)
+            shared = crowded and failure.kind in LOSS
+            commands += self._failed(worker, entry, failure, len(batch.tickets), now, shared=shared)
         if any(failure.kind == "worker_lost" for failure in failures.values()):
+            worker.crowded = worker.crowded or crowded
             commands.append(self._kill(worker, "its device context is poisoned"))
         return commands
 
@@ -300,6 +303,7 @@ class Scheduler:
         event = self.explained(event)
         message = f"worker {worker.id} ({worker.device}): {event.message or 'it died'}"
         self._last_loss = message
+        shared = len(batches) > 1 or worker.crowded
         worker.is_gone()
         worker.losses += 1
         worker.unexplained += not self._killers(batches)
@@ -311,7 +315,7 @@ class Scheduler:
             for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True):
                 entry = self.board.in_flight.pop(ticket.seq)
                 failure = Failure(ticket.seq, attempt, event.kind, message)
-                commands += self._failed(worker, entry, failure, len(batch.tickets), now, shared=len(batches) > 1)
+                commands += self._failed(worker, entry, failure, len(batch.tickets), now, shared=shared)
         if loading and event.kind == "bad_model":
             self._end = self._end or Halt("bad_model", event.message)
         if worker.unexplained >= LOSSES_AT_MOST or worker.failed_loads >= LOADS_AT_MOST:
@@ -429,7 +433,7 @@ class Scheduler:
         return not any(
             other.state in ("waiting", "loading", "busy", "ending")
             or (other.state == "absent" and other in crew)
-            or (other.state == "idle" and self.policy.may(other, self.board))
+            or (other.state == "idle" and (bool(other.saving) or self.policy.may(other, self.board)))
             for other in self.board.workers.values()
             if other.id not in entry.avoid
         )
@@ -469,7 +473,7 @@ def _fresh(number: int, device: str, known: Worker | None) -> Worker:
     """A worker at the start of a run: its state goes on, its counters begin anew."""
     if known is None:
         return Worker(number, device)
-    return replace(known, completed=0, idle=0.0, held=0.0, batch=None, saving={}, secluded=False)
+    return replace(known, completed=0, idle=0.0, held=0.0, batch=None, saving={}, secluded=False, crowded=False)
 
 
 def _watched(worker: Worker) -> bool:

@@ -115,7 +115,7 @@ class Blow:
 def ends(history: Sequence[Blow], max_attempts: int) -> bool:
     """Whether a task that met all this is given up: the table of docs/reliability.md. Failures in company do not count."""
     last = history[-1]
-    alone = [blow.kind for blow in history if blow.size == 1]
+    alone = [blow.kind for blow in history if blow.size == 1 and not blow.company]
     if last.kind in ("bad_task", "bad_model"):
         return True
     if last.kind in ("worker_lost", "timeout"):
@@ -133,6 +133,7 @@ class Device:
     attempts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     loading: bool = False
     unready: bool = False  # a process that was never ready
+    crowded: bool = False  # it had several batches when its context was found poisoned
     killed: str = ""
     sign: float = 0.0  # of life, the last one
     unexplained: int = 0  # losses in a row, but for those with a task that had cost a worker before
@@ -195,13 +196,17 @@ class Promises:
         device, due = self.devices[event.worker], {}
         tickets, made = device.held.pop(event.batch), {receipt.seq for receipt in event.receipts}
         kinds = {failure.seq: failure.kind for failure in event.failures}
+        poisoned = "worker_lost" in kinds.values()
+        device.crowded |= poisoned and bool(device.held)
         for ticket in tickets:
+            kind = kinds.get(ticket.seq, "transient")
+            company = kind in ("worker_lost", "timeout") and bool(device.held)
             if ticket.seq in made:
                 due[ticket.seq] = "done"
                 device.unexplained = device.blame = 0
                 self._blame(ticket.seq, event.worker)
             else:
-                due |= self._failed(ticket.seq, Blow(kinds.get(ticket.seq, "transient"), len(tickets), event.worker))
+                due |= self._failed(ticket.seq, Blow(kind, len(tickets), event.worker, company))
         return due
 
     def _blame(self, seq: int, doer: int) -> None:
@@ -223,12 +228,13 @@ class Promises:
         kind = "timeout" if device.killed.startswith("silent") else event.kind
         blows = [b for held in device.held.values() for ticket in held for b in self.history.get(ticket.seq, ())]
         device.unexplained += not any(blow.kind in ("worker_lost", "timeout") for blow in blows)
+        company = len(device.held) > 1 or device.crowded
         for tickets in device.held.values():
             for ticket in tickets:
-                due |= self._failed(ticket.seq, Blow(kind, len(tickets), event.worker, len(device.held) > 1))
+                due |= self._failed(ticket.seq, Blow(kind, len(tickets), event.worker, company))
         device.failed_loads += device.unready
         device.out |= device.unexplained >= LOSSES_AT_MOST or device.failed_loads >= LOADS_AT_MOST
-        device.held, device.loading, device.unready, device.killed = {}, False, False, ""
+        device.held, device.loading, device.unready, device.crowded, device.killed = {}, False, False, False, ""
         return due
 
     def _follow(self, command: Command, now: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -60,6 +61,13 @@ def test_a_worker_lost_with_a_whole_batch_is_not_held_against_its_members() -> N
     assert decide(together, 3).action == "elsewhere"
     assert decide(together + tries("worker_lost"), 3).action == "elsewhere"
     assert decide(together + tries("worker_lost", "worker_lost"), 3).action == "give_up"
+
+
+def test_a_worker_lost_with_another_batch_is_not_held_against_either() -> None:
+    both = [replace(one, shared=True) for one in tries("worker_lost")]
+    assert decide(both, 3).action == "elsewhere"
+    assert decide(both + tries("worker_lost"), 3).action == "elsewhere"
+    assert decide(both + tries("worker_lost", "timeout"), 3).action == "give_up"
 
 
 def test_failures_of_different_kinds_are_counted_apart() -> None:

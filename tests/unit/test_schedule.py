@@ -10,6 +10,7 @@ import pytest
 from imagemill.records import (
     Batch,
     BatchEnded,
+    BatchMade,
     Cancel,
     Command,
     Dispatch,
@@ -83,9 +84,14 @@ class Story:
         receipts = tuple(Receipt(t.seq, a, 1, 1) for t, a in zip(batch.tickets, batch.attempts, strict=True))
         return self.tell(BatchEnded(worker, batch.id, receipts, (), frozenset(batch.needs)))
 
-    def fails(self, worker: int, kind: Kind) -> list[Command]:
-        """Every task of the worker's batch fails."""
+    def made(self, worker: int) -> list[Command]:
+        """The worker's batch leaves the device, or is about to: it calls for the next one."""
         batch = self.batch(worker)
+        return self.tell(BatchMade(worker, batch.id, frozenset(batch.needs)))
+
+    def fails(self, worker: int, kind: Kind, batch: Batch | None = None) -> list[Command]:
+        """Every task of the worker's batch fails; another than the one at hand may be said."""
+        batch = batch or self.batch(worker)
         failures = tuple(Failure(t.seq, a, kind, kind) for t, a in zip(batch.tickets, batch.attempts, strict=True))
         return self.tell(BatchEnded(worker, batch.id, (), failures, frozenset(batch.needs)))
 
@@ -191,6 +197,49 @@ def test_the_members_of_a_killed_batch_are_tried_alone_and_only_the_poison_one_i
                 assert len(story.batch(worker).tickets) == 1
                 _ = story.dies(worker) if story.batch(worker).tickets[0].seq == 1 else story.done(worker)
     assert {one.seq: bool(one.receipt) for one in story.of(Settle)} == {0: True, 1: False, 2: True}
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_an_order_that_waited_when_its_worker_was_lost_loses_no_life(poisoned: bool) -> None:
+    """The one before it calls for it early and may end the worker, or spoil the device's context, before it begins."""
+    story = Story(workers=1)
+    story.tasks(2)
+    first = story.batch(0)
+    assert given(story.made(0)) == {0: [1]}
+    if poisoned:
+        assert only(story.fails(0, "worker_lost", first), Kill)
+    assert only(story.dies(0), Settle) == []
+    while story.goes_on():
+        story.wait(31.0)
+        if story.state(0) == "busy" and [ticket.seq for ticket in story.batch(0).tickets] == [0]:
+            story.done(0)
+        elif story.state(0) == "busy":
+            attempt = story.batch(0).attempts[0]
+            assert (story.dies(0) if attempt == 2 else story.done(0)) is not None
+    assert {one.seq: one.attempts for one in story.of(Settle) if one.receipt} == {0: 2, 1: 3}
+
+
+def test_of_two_orders_lost_together_the_poison_one_is_still_given_up() -> None:
+    story = Story(workers=1)
+    story.tasks(2)
+    story.made(0)
+    story.dies(0)
+    while story.goes_on():
+        story.wait(31.0)
+        if story.state(0) == "busy":
+            (story.dies if story.batch(0).tickets[0].seq == 1 else story.done)(0)
+    settled = {one.seq: (one.failure.kind if one.failure else "done", one.attempts) for one in story.of(Settle)}
+    assert settled == {0: ("done", 2), 1: ("worker_lost", 3)}
+
+
+def test_a_retry_waits_for_a_leashed_worker_that_called_for_more_early() -> None:
+    """The pictures of its batch are not there yet, so the leash keeps it from more; a broken device must not get its task
+    back for that."""
+    story = Story(policy="window", lead=2)
+    story.tasks(4)
+    story.made(1)
+    story.made(1)
+    assert given(story.fails(0, "bad_output")) != {0: [0]}
 
 
 def test_back_off_grows_with_each_loss_in_a_row_and_a_finished_task_resets_it() -> None:
