@@ -16,17 +16,18 @@ import torch
 from PIL import Image
 from tiny_model import Pixels, loaded, pixels
 
-from imagemill.errors import OutOfMemory
+from imagemill.errors import BadTask, OutOfMemory, Transient
 from imagemill.families import family
 from imagemill.plan import fingerprint
 from imagemill.records import ModelSpec, PlannedTask, SinkSpec, Task, Ticket, WorkOrder
-from imagemill.runners import Result, early
+from imagemill.runners import Result, early, references
 from imagemill.runners.diffusion import DiffusionRunner
 from imagemill.runners.early import Early
 from imagemill.runners.references import Member
 from imagemill.runners.streams import HostLane, Stages
 
 STEPS = 4
+ENDED = "edits are no longer encoded ahead of their turn, since that failed:"
 SIZE = (64, 48)
 
 
@@ -94,7 +95,8 @@ class Bench:
 
     def on(self, lane: HostLane, monkeypatch: pytest.MonkeyPatch, *, pays: bool = True) -> None:
         """The runner on that lane."""
-        made = Early(self.runner._pipe, self.runner._family, self.spec, lane, pays=pays)  # type: ignore[arg-type]
+        runner = self.runner
+        made = Early(runner._pipe, runner._family, self.spec, lane, runner._tell, pays=pays)  # type: ignore[arg-type]
         monkeypatch.setattr(self.runner, "_lane", lane)
         monkeypatch.setattr(self.runner, "_early", made)
 
@@ -114,6 +116,20 @@ def lane(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recording]:
     bench.on(lane, monkeypatch)
     yield lane
     bench.early.close()
+
+
+def raising(error: Exception) -> Any:
+    """In the place of `pieces`."""
+
+    def fail(*anything: Any) -> Iterator[None]:
+        raise error
+        yield
+
+    return fail
+
+
+def ahead_of_its_turn() -> bool:
+    return threading.current_thread().name.startswith("pictures")
 
 
 def alone(bench: Bench, *tasks: PlannedTask) -> list[Pixels]:
@@ -137,6 +153,44 @@ def test_the_next_order_is_encoded_between_the_steps_and_joined_at_its_turn(benc
     assert same([result], expected)
     assert result.seconds["encode"] == pytest.approx(sum(s.seconds for s in result.spans if s.stage == "encode"))
     assert [span.stage for span in result.spans] == ["encode"] * 3 + ["denoise", "decode"]
+
+
+def test_a_driver_that_answers_a_step_later_and_a_step_of_reading_leave_time_for_all_pieces(
+    bench: Bench, lane: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = bench.order(bench.planned(1, steps=8)), bench.order(bench.planned(2))
+    reading, read = threading.Event(), early.take_in
+
+    def slow(*arguments: Any) -> Iterator[Member | Result]:
+        if ahead_of_its_turn():
+            reading.wait()
+        yield from read(*arguments)
+
+    monkeypatch.setattr(early, "take_in", slow)
+    beats: list[int] = []
+
+    def beat(stage: str, seq: int, step: int, steps: int) -> None:
+        if bench.runner.wants_next:
+            beats.append(step)
+        if len(beats) >= 2:
+            bench.runner.follow(second)
+        if len(beats) >= 3:
+            reading.set()
+            bench.early._next._reading.result()
+
+    for result in bench.runner.run(first, beat):
+        result.landed()
+    assert lane.launched == ["encode", "denoise", *("beside", "encode") * 3, "decode"]
+
+
+def test_an_order_that_runs_in_parts_calls_the_next_one_in_its_last(bench: Bench, lane: Recording) -> None:
+    """An order of five edits is run as four and one: another worker may be free before both are done."""
+    wanted: list[tuple[int, bool]] = []
+    order = bench.order(*(bench.planned(seq) for seq in range(2, 7)))
+    for result in bench.runner.run(order, lambda stage, seq, *step: wanted.append((seq, bench.runner.wants_next))):
+        result.landed()
+    assert not any(wants for seq, wants in wanted if seq == 2)
+    assert any(wants for seq, wants in wanted if seq == 6)
 
 
 def test_pieces_that_found_no_step_are_launched_at_the_order_s_own_turn(bench: Bench, lane: Recording) -> None:
@@ -196,9 +250,74 @@ def test_what_fails_early_is_tried_at_the_order_s_own_turn(
         patch.setattr(early, "pieces", broken)
         bench.run(bench.order(bench.planned(1)), second)
     assert lane.launched.count("beside") == 2
+    assert bench.runner.notes() == (f"{ENDED} RuntimeError: the device is out of sorts",)
     lane.launched.clear()
-    assert same(bench.run(second), expected)
+    assert same(bench.run(second, second), expected)
     assert lane.launched == ["encode", "denoise", "decode"]
+
+
+def test_a_task_that_cannot_be_encoded_ends_nothing_but_itself(
+    bench: Bench, lane: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = bench.order(bench.planned(2))
+    expected = alone(bench, *second.tasks)
+    with monkeypatch.context() as patch:
+        patch.setattr(early, "pieces", raising(BadTask("too many words")))
+        bench.run(bench.order(bench.planned(1)), second)
+    assert same(bench.run(second, second), expected)
+    assert lane.launched.count("beside") == 1 + 3
+    assert bench.runner.notes() == ()
+
+
+def test_a_spoilt_context_is_told_where_it_is_found(
+    bench: Bench, lane: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(early, "pieces", raising(RuntimeError("CUDA error: an illegal memory access was encountered")))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        bench.run(bench.order(bench.planned(1)), bench.order(bench.planned(2)))
+
+
+def test_a_disk_that_fails_while_an_order_waits_is_read_again_at_its_turn(
+    bench: Bench, lane: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = bench.order(bench.planned(2), bench.planned(3))
+    expected = alone(bench, *second.tasks)
+    read, failures = references.read, list[Exception]()
+
+    def hiccup(*arguments: Any) -> Any:
+        if ahead_of_its_turn():
+            failures.append(failure)
+            raise failure
+        return read(*arguments)
+
+    monkeypatch.setattr(references, "read", hiccup)
+    for failure in (Transient("the disk hiccups"), RuntimeError("nobody foresaw this")):
+        bench.run(bench.order(bench.planned(1)), second)
+        assert failure in failures
+        assert same(bench.run(second), expected)
+
+
+def test_pictures_that_nobody_needs_any_more_are_not_read(
+    bench: Bench, lane: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = bench.order(*(bench.planned(seq) for seq in range(2, 7)))
+    begun, go_on, read = threading.Event(), threading.Event(), list[int]()
+    usual = references.read
+
+    def slow(planned: PlannedTask, model: ModelSpec) -> Any:
+        begun.set()
+        go_on.wait()
+        read.append(planned.ticket.seq)
+        return usual(planned, model)
+
+    monkeypatch.setattr(references, "read", slow)
+    bench.runner.follow(order)
+    reading = bench.early._next._reading
+    begun.wait()
+    bench.early.give_up()
+    go_on.set()
+    reading.result()
+    assert read == [2]
 
 
 def test_out_of_memory_lets_go_of_what_is_early_and_ends_it(
@@ -224,6 +343,27 @@ def test_out_of_memory_lets_go_of_what_is_early_and_ends_it(
     lane.launched.clear()
     assert same(bench.run(second, first), last)
     assert "beside" not in lane.launched
+
+
+def test_out_of_memory_with_nothing_early_on_the_device_costs_no_further_try(bench: Bench, lane: Recording) -> None:
+    """The ladder's next step is taken at once, though this order was encoded early."""
+    first, second = bench.order(bench.planned(1)), bench.order(bench.planned(2))
+    bench.run(first, second)
+    bench.run(second)
+    assert not bench.early.give_up()
+
+
+def test_out_of_memory_while_encoding_early_ends_it(
+    bench: Bench, lane: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = bench.order(bench.planned(2))
+    expected = alone(bench, *second.tasks)
+    with monkeypatch.context() as patch:
+        patch.setattr(early, "pieces", raising(OutOfMemory("no room")))
+        bench.run(bench.order(bench.planned(1)), second)
+    assert bench.runner.notes() == (f"{ENDED} no room",)
+    assert same(bench.run(second, second), expected)
+    assert lane.launched.count("beside") == 1
 
 
 @pytest.mark.parametrize(
@@ -252,8 +392,7 @@ def test_nothing_is_done_early_where_it_does_not_pay(
         result.landed()
     assert any(wanted) is (why in ("it has no pictures", "another model"))
     bench.runner.follow(following)
-    bench.early.advance()
-    assert "beside" not in lane.launched
+    assert bench.early._next is None
 
 
 def test_the_next_order_is_wanted_in_the_last_steps_alone(bench: Bench, lane: Recording) -> None:
@@ -263,7 +402,7 @@ def test_the_next_order_is_wanted_in_the_last_steps_alone(bench: Bench, lane: Re
         bench.order(bench.planned(1, steps=7)), lambda *beat: wanted.append(bench.runner.wants_next)
     ):
         result.landed()
-    assert wanted == [False] * 4 + [True] * 4 + [True]
+    assert wanted == [False] * 3 + [True] * 5 + [True]
 
 
 def test_a_task_s_pictures_are_prepared_and_looked_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ class DiffusionRunner:
             self._ladder = Ladder(loaded.pipe, self.device, staged=is_staged(loaded.family))
             self._adapts_text = adapts_text(loaded.pipe)
             pays = is_staged(loaded.family) and not self._adapts_text
-            self._early = Early(loaded.pipe, loaded.family, spec, self._lane, pays=pays)
+            self._early = Early(loaded.pipe, loaded.family, spec, self._lane, self._tell, pays=pays)
             self.adapters = choose(self.device, loaded.pipe)
             if spec.tuning.precision == "fp8" and spec.tuning.adapters:
                 self.adapters.hold(loaded.pipe)
@@ -113,7 +113,10 @@ class DiffusionRunner:
                 yield found
             else:
                 members.append(found)
-        for alike in by_shapes(members, self._family):
+        batches = by_shapes(members, self._family)
+        if batches:
+            self._early.until(batches[-1][-1])
+        for alike in batches:
             yield from self._run(self._family, alike, beat)
 
     def _run(self, family: Family, members: Sequence[Member], beat: Beat) -> Iterator[Result]:
@@ -144,8 +147,11 @@ class DiffusionRunner:
                 note = self._ladder.step_down(error, size) if len(members) == 1 else None
                 if note is None:
                     raise
-                log.warning(note)
-                self._notes.append(note)
+                self._tell(note)
+
+    def _tell(self, note: str) -> None:
+        log.warning(note)
+        self._notes.append(note)
 
     def _land_last(self) -> bool:
         """Wait for the pictures that are still on their way, which hold memory; False when there were none."""

@@ -7,13 +7,16 @@ two steps it has enough to do meanwhile.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterable, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias, TypeVar
 
+from imagemill.errors import BadTask, OutOfMemory, WorkerGone, classify
 from imagemill.families import Family
 from imagemill.records import ModelSpec, WorkOrder
 from imagemill.runners import Result
+from imagemill.runners.ladder import release
 from imagemill.runners.references import Member, by_shapes, take_in
 from imagemill.runners.streams import Lane, Stages
 
@@ -32,17 +35,22 @@ Encoded: TypeAlias = tuple[Any, Stages]
 class Early:
     """What one loaded pipeline does for the next order while it runs one. Used by the runner's thread.
 
-    `pays` says whether anything is gained at all: the stages are apart, and no adapter changes the text encoder.
+    `pays` says whether anything is gained at all: the stages are apart, and no adapter changes the text encoder. `tell`
+    takes a line for the log and the report.
     """
 
-    def __init__(self, pipe: Any, family: Family, model: ModelSpec, lane: Lane, *, pays: bool) -> None:
+    def __init__(
+        self, pipe: Any, family: Family, model: ModelSpec, lane: Lane, tell: Callable[[str], None], *, pays: bool
+    ) -> None:
         self.wanted = False
         self._pipe = pipe
         self._family = family
         self._model = model
         self._lane = lane
+        self._tell = tell
         self._pays = pays and lane.overlaps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+        self._last: Member | None = None
         self._own: EarlyOrder | None = None
         self._next: EarlyOrder | None = None
 
@@ -50,51 +58,81 @@ class Early:
         """Its turn has come: its tasks with their pictures, read early or now."""
         self._own, self._next, self.wanted = self._next, None, False
         if self._own is not None and self._own.order is not order:
+            self._own.drop()
             self._own = None
         return self._own.members() if self._own else take_in(order.tasks, self._family, self._model)
 
+    def until(self, last: Member) -> None:
+        """The order's own work ends with the batch that ends with this one."""
+        self._last = last
+
     def claim(self, members: Sequence[Member]) -> Encoded | None:
         """The encoding of this batch, if it was begun early."""
-        return self._own.claim(members, self._lane) if self._own else None
+        own = self._own
+        return self._tried(own, lambda: own.claim(members, self._lane)) if own else None
 
     def left(self, steps: int, members: Sequence[Member]) -> None:
         """This batch has so many steps left to launch: whether the next order is wanted now."""
-        self.wanted = self._pays and steps < LAST_STEPS and bool(members[0].pictures)
+        near = steps <= LAST_STEPS and members[-1] is self._last
+        self.wanted = self._pays and near and bool(members[0].pictures)
 
     def follow(self, order: WorkOrder) -> None:
         """Begin to read the pictures of the order that comes next; nothing if it has none or was told before."""
-        if self._next is None or self._next.order is not order:
-            edits = any(planned.task.images for planned in order.tasks)
-            self._next = EarlyOrder(order, self._family, self._model, self._thread) if edits else None
+        if not self._pays or (self._next is not None and self._next.order is order):
+            return
+        if self._next is not None:
+            self._next.drop()
+        edits = any(planned.task.images for planned in order.tasks)
+        self._next = EarlyOrder(order, self._family, self._model, self._thread) if edits else None
 
     def advance(self) -> None:
-        """Launch a piece of the next order's encoding, if there is one."""
-        if self._next is not None:
-            self._next.advance(self._pipe, self._lane)
+        """Launch a piece of the next order's encoding, if there is one. Raises `WorkerGone` when the device's context is
+        found spoilt."""
+        following = self._next
+        if following is not None:
+            self._tried(following, lambda: following.advance(self._pipe, self._lane))
 
     def give_up(self) -> bool:
         """Let go of all that is on the device, and encode nothing early from now on; False when that makes no room."""
-        held = self._pays and (self._own is not None or self._next is not None)
+        held = [order.drop() for order in (self._own, self._next) if order is not None]
         self._pays = self.wanted = False
         self._own = self._next = None
-        return held
+        return any(held)
 
     def close(self) -> None:
         """End the thread, after the picture it is at."""
-        self._own = self._next = None
+        self.give_up()
         self._thread.shutdown(cancel_futures=True)
+
+    def _tried(self, order: EarlyOrder, work: Callable[[], T]) -> T | None:
+        """What the work gives; None when it fails, and the order's own turn does it anew. What fails for another reason than
+        its task would fail for the next one, too."""
+        try:
+            return work()
+        except Exception as error:
+            order.forget()
+            failure = classify(error)
+            if isinstance(failure, WorkerGone):
+                raise
+            if isinstance(failure, BadTask):
+                return None
+            self._pays = self.wanted = False
+            log.warning("encoding ahead of its turn failed", exc_info=error)
+            self._tell(f"edits are no longer encoded ahead of their turn, since that failed: {failure}")
+            if isinstance(failure, OutOfMemory):
+                release(error, str(self._pipe.device))
+            return None
 
 
 class EarlyOrder:
-    """One order that comes next; only its first batch is encoded.
-
-    What fails here is left to the order's own turn, where the same is tried again and told.
-    """
+    """One order that comes next; only its first batch is encoded."""
 
     def __init__(self, order: WorkOrder, family: Family, model: ModelSpec, thread: ThreadPoolExecutor) -> None:
         self.order = order
         self._family = family
-        self._reading: Future[list[Member | Result]] = thread.submit(lambda: list(take_in(order.tasks, family, model)))
+        self._model = model
+        self._dropped = threading.Event()
+        self._reading: Future[list[Member | Result]] = thread.submit(self._read)
         self._first: Sequence[Member] = ()
         self._pieces: Generator[None, None, Any] | None = None
         self._made: Encoded | None = None
@@ -102,37 +140,60 @@ class EarlyOrder:
         self._over = False
 
     def members(self) -> list[Member | Result]:
-        """The tasks with their pictures, as `take_in` has them; waits for them."""
-        return self._reading.result()
+        """The tasks with their pictures, as `take_in` has them; waits for them. What could not be read for another reason
+        than the task's own is read once more: nothing that failed early counts."""
+        if self._reading.exception() is not None:
+            return list(take_in(self.order.tasks, self._family, self._model))
+        found: list[Member | Result] = []
+        for planned, one in zip(self.order.tasks, self._reading.result(), strict=True):
+            again = isinstance(one, Result) and not isinstance(one.error, BadTask)
+            found += take_in([planned], self._family, self._model) if again else [one]
+        return found
 
     def advance(self, pipe: Any, lane: Lane) -> None:
         """Launch another piece, once the pictures are read and while there is one."""
         if self._over or not self._reading.done():
             return
-        try:
-            if self._pieces is None:
-                self._begin(pipe)
-            self._piece(lane)
-        except Exception as error:
-            self._fail(error)
+        if self._pieces is None:
+            self._begin(pipe)
+        self._piece(lane)
 
     def claim(self, members: Sequence[Member], lane: Lane) -> Encoded | None:
         """The encoding of this batch, if it was begun, and once; what is missing is launched now. What is launched next on the
         main stream waits for it."""
         if self._pieces is None or list(map(id, members)) != list(map(id, self._first)):
             return None
-        try:
-            while not self._over:
-                self._piece(lane)
-        except Exception as error:
-            self._fail(error)
+        while not self._over:
+            self._piece(lane)
         made, self._made = self._made, None
         if made is not None:
             lane.join()
         return made
 
+    def forget(self) -> bool:
+        """Let go of what is on the device and make no more of it; False when there was nothing."""
+        held = self._made is not None or (self._pieces is not None and not self._over)
+        self._over, self._pieces, self._made = True, None, None
+        return held
+
+    def drop(self) -> bool:
+        """`forget`, and read no further picture."""
+        self._dropped.set()
+        return self.forget()
+
+    def _read(self) -> list[Member | Result]:
+        found: list[Member | Result] = []
+        for one in take_in(self.order.tasks, self._family, self._model):
+            if self._dropped.is_set():
+                break
+            found.append(one)
+        return found
+
     def _begin(self, pipe: Any) -> None:
-        members = [member for member in self.members() if isinstance(member, Member)]
+        if self._reading.exception() is not None:
+            self._over = True
+            return
+        members = [member for member in self._reading.result() if isinstance(member, Member)]
         self._first = by_shapes(members, self._family)[0] if members else ()
         tasks, pictures = [one.planned.task for one in self._first], [one.pictures for one in self._first]
         self._pieces = pieces(self._family, pipe, tasks, pictures)
@@ -146,10 +207,6 @@ class EarlyOrder:
                 next(self._pieces)
             except StopIteration as end:
                 self._made, self._over = (end.value, self._stages), True
-
-    def _fail(self, error: Exception) -> None:
-        log.info("encoding ahead is given up, it is done at the batch's own turn: %s", error)
-        self._over, self._pieces, self._made = True, None, None
 
 
 def pieces(family: Family, pipe: Any, tasks: Sequence[Any], pictures: Sequence[Any]) -> Generator[None, None, Any]:
