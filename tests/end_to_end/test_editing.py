@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Workplace
 from PIL import Image
 
 import imagemill
+from conftest import Workplace
 from imagemill.errors import BadTask, InputError, Transient
 
 sys.path.append(str(Path(__file__).parents[1] / "contract"))

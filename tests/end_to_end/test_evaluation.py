@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Ended, Workplace
 from PIL import Image
+
+from conftest import Ended, Workplace
 
 FILES = ("judgments.jsonl", "report.json", "report.md", "report.html")
 CATEGORIES = ("物理", "环境", "object <b>")

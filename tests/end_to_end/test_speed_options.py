@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 import pytest
+
 from conftest import Workplace, until
 
 ON_CPU = ("--device", "cpu", "--model", "fake")
