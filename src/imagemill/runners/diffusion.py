@@ -211,11 +211,11 @@ class DiffusionRunner:
 
     @property
     def wants_next(self) -> bool:
-        """In the last steps of an edit, where the next one's encoding can be launched between them."""
+        """In the last steps, where the next order's encoding can be launched between them."""
         return self._early is not None and self._early.wanted
 
     def follow(self, order: WorkOrder) -> None:
-        """Begin with the pictures that the next order edits."""
+        """Begin with the text of the next order and the pictures that it edits."""
         if self._early is not None and self._spec is not None and order.model.name == self._spec.name:
             self._early.follow(order)
 

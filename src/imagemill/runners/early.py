@@ -1,7 +1,9 @@
-"""The pictures that the next batch edits: read on a thread while a batch is at work, and encoded between its steps.
+"""The next batch's text, and the pictures that it edits: read on a thread while a batch is at work, and encoded between its
+last steps.
 
 A CPU launches the encoding of an edit more slowly than a GPU runs it, so at a batch's own turn the GPU would wait; between
-two steps it has enough to do meanwhile.
+two steps it has enough to do meanwhile. Text alone is quick, but behind a batch of several pictures, whose decoding is many
+launches, it too would come when the steps are over.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LAST_STEPS = 4
-"""So many steps before its end a batch asks for the next one: time for the driver's answer, the reading, three pieces. Not
-sooner: another worker might be free for it first."""
+"""So many steps before its end a batch of edits asks for the next one: time for the driver's answer, the reading, three pieces.
+Not sooner: another worker might be free for it first."""
+LAST_STEPS_OF_TEXT = 1
+"""The same for pictures from text: time for the answer; the text is one piece."""
 
 Encoded: TypeAlias = tuple[Any, Stages]
 """Conditioning, and the marks around the pieces of its making."""
@@ -73,17 +77,16 @@ class Early:
 
     def left(self, steps: int, members: Sequence[Member]) -> None:
         """This batch has so many steps left to launch: whether the next order is wanted now."""
-        near = steps <= LAST_STEPS and members[-1] is self._last
-        self.wanted = self._pays and near and bool(members[0].pictures)
+        near = LAST_STEPS if members[0].pictures else LAST_STEPS_OF_TEXT
+        self.wanted = self._pays and steps <= near and members[-1] is self._last
 
     def follow(self, order: WorkOrder) -> None:
-        """Begin to read the pictures of the order that comes next; nothing if it has none or was told before."""
+        """Begin with the order that comes next: read its pictures. Nothing if it was told before."""
         if not self._pays or (self._next is not None and self._next.order is order):
             return
         if self._next is not None:
             self._next.drop()
-        edits = any(planned.task.images for planned in order.tasks)
-        self._next = EarlyOrder(order, self._family, self._model, self._thread) if edits else None
+        self._next = EarlyOrder(order, self._family, self._model, self._thread)
 
     def advance(self) -> None:
         """Launch a piece of the next order's encoding, if there is one. Raises `WorkerGone` when the device's context is
@@ -118,7 +121,7 @@ class Early:
                 return None
             self._pays = self.wanted = False
             log.warning("encoding ahead of its turn failed", exc_info=error)
-            self._tell(f"edits are no longer encoded ahead of their turn, since that failed: {failure}")
+            self._tell(f"nothing is encoded ahead of its turn any more, since that failed: {failure}")
             if isinstance(failure, OutOfMemory):
                 release(error, str(self._pipe.device))
             return None

@@ -106,8 +106,8 @@ class HostLane:
 class CudaLane:
     """A GPU: a stream for the steps and the decoder, one for text and source pictures, one for pictures that leave.
 
-    Text goes first: it is launched when the batch before nears its end, and the next steps wait for it. With pictures to
-    edit it is launched `beside`, between the steps of the batch before.
+    Text and pictures to edit go first: they are launched `beside`, between the last steps of the batch before, and the next
+    steps wait for them.
     """
 
     def __init__(self, device: str) -> None:
