@@ -33,8 +33,9 @@ class Worker:
     """What the scheduler knows of one worker. Times are monotonic seconds.
 
     `batch` is on its device, `saving` are those that left it, or are about to, and whose pictures are being saved.
-    `secluded` says that the task it has is under suspicion and gets no company; `crowded`, that it had several batches when
-    its device context was found poisoned, so that each may have done it. `losses` are those in a row without a
+    `secluded` says that the task it has is under suspicion and gets no company. `calling` is the one of `saving` whose last
+    steps are still to come, so that `batch` has not begun; `spoilt` says that a batch which has ended poisoned the device's
+    context for the others. `losses` are those in a row without a
     finished task; of them, `unexplained` are those with a task that had cost no worker before, or with none.
     """
 
@@ -45,7 +46,8 @@ class Worker:
     batch: Batch | None = None
     saving: dict[int, Batch] = field(default_factory=dict)
     secluded: bool = False
-    crowded: bool = False
+    calling: int | None = None
+    spoilt: bool = False
     deadline: float = 0.0
     not_before: float = 0.0
     ending: str = ""
@@ -91,7 +93,7 @@ class Worker:
     def is_gone(self) -> None:
         """Its process has ended; one that is out for good stays so."""
         self.batch, self.resident, self.ending = None, frozenset(), ""
-        self.saving, self.secluded, self.crowded = {}, False, False
+        self.saving, self.secluded, self.calling, self.spoilt = {}, False, None, False
         if self.state != "quarantined":
             self.state = "absent"
 

@@ -261,8 +261,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """One ended attempt of a task that did not give a picture. `shared`: its worker was lost and had another batch, too,
-    so that either may have done it."""
+    """One ended attempt of a task that did not give a picture. `shared`: its worker was lost and had another batch, too;
+    `bystander`: it was lost to that other batch."""
 
     attempt: int
     worker: int
@@ -270,6 +270,7 @@ class Try:
     message: str
     batch_size: int = 1
     shared: bool = False
+    bystander: bool = False
 
 
 State: TypeAlias = Literal["done", "failed"]
@@ -346,12 +347,13 @@ class WorkerBeat:
 
 @dataclass(frozen=True, slots=True)
 class BatchMade:
-    """A worker has handed a batch to its device, or all but the last steps, and can take the next; the pictures are still to
-    be saved."""
+    """A worker has handed a batch to its device and can take the next; the pictures are still to be saved. Not `made`: the last
+    steps are still to come, though it wants the next one now; it is said again when they are over."""
 
     worker: int
     batch: int
     resident: frozenset[str]
+    made: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ Pure functions of the failures so far. The rules:
 | oom | in a batch: the batch is split; alone: tried once more on the same terms, then given up |
 | transient | again after a growing delay, `max_attempts` in all |
 | bad_output | once elsewhere (a broken GPU makes NaN), then given up |
-| worker_lost, timeout | elsewhere, alone; given up once it has cost two workers that had nothing else, of two devices if it can |
+| worker_lost, timeout | elsewhere, alone; given up once it has cost workers on two devices, or two workers of the only device |
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def decide(tries: Sequence[Try], max_attempts: int) -> Decision:
     if last.kind == "oom" and last.batch_size > 1:
         return Decision("split")
     if last.kind in LOSS:
-        # Of several tasks nobody knows which did it: they are tried alone, and only that counts against one.
-        alone = [one for one in tries if one.kind in LOSS and one.batch_size == 1 and not one.shared]
+        # In a batch nobody knows who did it: the members are tried alone, and only that counts against one.
+        alone = [one for one in tries if one.kind in LOSS and one.batch_size == 1 and not one.bystander]
         return Decision("give_up" if len(alone) >= POISON_LOSSES else "elsewhere")
     alike = sum(one.kind == last.kind and one.batch_size == 1 for one in tries)
     if last.kind in ("oom", "bad_output"):

@@ -101,7 +101,7 @@ class SavedBatch:
         """Ask for the next batch, once, though this one is not made yet. Only where pictures are saved on threads."""
         if self._threads is not None and not self._called:
             self._called = True
-            self._saver.emit(BatchMade(self._saver.worker, self._order.batch, resident))
+            self._saver.emit(BatchMade(self._saver.worker, self._order.batch, resident, made=False))
 
     def made(self, resident: frozenset[str], peak: int, notes: tuple[str, ...]) -> None:
         """No more results will come: the device is free for the next batch. `peak` is its memory in bytes."""
@@ -117,7 +117,7 @@ class SavedBatch:
             self._ending = ending
             saving = self._open > 1
         if saving:
-            self.call_next(resident)
+            self._saver.emit(BatchMade(worker, order.batch, resident))
         self._let_go()
 
     def _let_go(self) -> None:

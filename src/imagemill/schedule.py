@@ -220,6 +220,10 @@ class Scheduler:
         if batch is not None and batch.id == event.batch and worker.state == "busy":
             worker.batch, worker.state, worker.resident = None, "idle", event.resident
             worker.saving[batch.id] = batch
+            worker.calling = None if event.made else batch.id
+            self._extend(worker, now)
+        elif event.made and event.batch == worker.calling:
+            worker.calling = None
             self._extend(worker, now)
 
     def _take_back(self, event: BatchEnded) -> Batch | None:
@@ -227,6 +231,8 @@ class Scheduler:
         worker = self.board.workers[event.worker]
         if not worker.live:
             return None
+        if event.batch == worker.calling:
+            worker.calling = None
         if event.batch in worker.saving:
             return worker.saving.pop(event.batch)
         batch = worker.batch
@@ -241,7 +247,6 @@ class Scheduler:
             return []
         self._extend(worker, now)
         worker.completed += len(batch.tickets)
-        crowded = bool(worker.batches)
         receipts = {receipt.seq: receipt for receipt in event.receipts}
         failures = {failure.seq: failure for failure in event.failures}
         commands: list[Command] = []
@@ -252,10 +257,9 @@ class Scheduler:
                 commands += self._done(worker, entry, receipt)
                 continue
             failure = failures.get(ticket.seq) or Failure(ticket.seq, attempt, "transient", "the worker gave no result")
-            shared = crowded and failure.kind in LOSS
-            commands += self._failed(worker, entry, failure, len(batch.tickets), now, shared=shared)
+            commands += self._failed(worker, entry, failure, len(batch.tickets), now)
         if any(failure.kind == "worker_lost" for failure in failures.values()):
-            worker.crowded = worker.crowded or crowded
+            worker.spoilt = True
             commands.append(self._kill(worker, "its device context is poisoned"))
         return commands
 
@@ -274,9 +278,17 @@ class Scheduler:
         ]
 
     def _failed(
-        self, worker: Worker, entry: Entry, failure: Failure, size: int, now: float, *, shared: bool = False
+        self,
+        worker: Worker,
+        entry: Entry,
+        failure: Failure,
+        size: int,
+        now: float,
+        *,
+        shared: bool = False,
+        bystander: bool = False,
     ) -> list[Command]:
-        attempt = Try(entry.attempt, worker.id, failure.kind, failure.message, size, shared)
+        attempt = Try(entry.attempt, worker.id, failure.kind, failure.message, size, shared, bystander)
         entry.tries.append(attempt)
         decision = decide(entry.tries, self.limits.max_attempts)
         if decision.action == "give_up":
@@ -296,14 +308,14 @@ class Scheduler:
 
     def _on_lost(self, event: WorkerLost, now: float) -> list[Command]:
         worker = self.board.workers[event.worker]
-        batches = worker.batches
+        batches, waiting = worker.batches, worker.batch if worker.calling is not None else None
         if worker.state in ("absent", "quarantined") and not batches:
             return []
         loading = worker.state in ("waiting", "loading")
         event = self.explained(event)
         message = f"worker {worker.id} ({worker.device}): {event.message or 'it died'}"
         self._last_loss = message
-        shared = len(batches) > 1 or worker.crowded
+        spoilt = worker.spoilt
         worker.is_gone()
         worker.losses += 1
         worker.unexplained += not self._killers(batches)
@@ -312,10 +324,11 @@ class Scheduler:
             worker.not_before = now + backoff(worker.losses, first=0.5 if worker.losses == 1 else 1.0)
         commands: list[Command] = []
         for batch in batches:
+            company = {"shared": spoilt or len(batches) > 1, "bystander": spoilt or batch is waiting}
             for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True):
                 entry = self.board.in_flight.pop(ticket.seq)
                 failure = Failure(ticket.seq, attempt, event.kind, message)
-                commands += self._failed(worker, entry, failure, len(batch.tickets), now, shared=shared)
+                commands += self._failed(worker, entry, failure, len(batch.tickets), now, **company)
         if loading and event.kind == "bad_model":
             self._end = self._end or Halt("bad_model", event.message)
         if worker.unexplained >= LOSSES_AT_MOST or worker.failed_loads >= LOADS_AT_MOST:
@@ -473,7 +486,9 @@ def _fresh(number: int, device: str, known: Worker | None) -> Worker:
     """A worker at the start of a run: its state goes on, its counters begin anew."""
     if known is None:
         return Worker(number, device)
-    return replace(known, completed=0, idle=0.0, held=0.0, batch=None, saving={}, secluded=False, crowded=False)
+    return replace(
+        known, completed=0, idle=0.0, held=0.0, batch=None, saving={}, secluded=False, calling=None, spoilt=False
+    )
 
 
 def _watched(worker: Worker) -> bool:

@@ -110,12 +110,13 @@ class Blow:
     size: int
     worker: int
     company: bool = False
+    bystander: bool = False  # another batch did it: it poisoned the context, or this one had not begun
 
 
 def ends(history: Sequence[Blow], max_attempts: int) -> bool:
     """Whether a task that met all this is given up: the table of docs/reliability.md. Failures in company do not count."""
     last = history[-1]
-    alone = [blow.kind for blow in history if blow.size == 1 and not blow.company]
+    alone = [blow.kind for blow in history if blow.size == 1 and not blow.bystander]
     if last.kind in ("bad_task", "bad_model"):
         return True
     if last.kind in ("worker_lost", "timeout"):
@@ -133,8 +134,10 @@ class Device:
     attempts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     loading: bool = False
     unready: bool = False  # a process that was never ready
-    crowded: bool = False  # it had several batches when its context was found poisoned
+    calling: int | None = None  # the batch whose last steps are still to come, though it has the next
+    poisoned: bool = False  # by a batch that has ended
     killed: str = ""
+    left: set[int] = field(default_factory=set)  # batches that called for the next one
     sign: float = 0.0  # of life, the last one
     unexplained: int = 0  # losses in a row, but for those with a task that had cost a worker before
     failed_loads: int = 0
@@ -184,7 +187,12 @@ class Promises:
             case WorkerBeat(worker):
                 self.devices[worker].sign = now
             case BatchMade(worker, batch) if batch in self.devices[worker].held and not self.devices[worker].killed:
-                self.devices[worker].sign = now
+                device = self.devices[worker]
+                news = batch == max(device.held) and batch not in device.left
+                if news or (event.made and batch == device.calling):
+                    device.sign = now
+                    device.calling = None if event.made else batch
+                    device.left.add(batch)
             case BatchEnded(worker, batch) if batch in self.devices[worker].held and not self.devices[worker].killed:
                 self.devices[worker].sign = now
                 return self._ended(event)
@@ -196,17 +204,15 @@ class Promises:
         device, due = self.devices[event.worker], {}
         tickets, made = device.held.pop(event.batch), {receipt.seq for receipt in event.receipts}
         kinds = {failure.seq: failure.kind for failure in event.failures}
-        poisoned = "worker_lost" in kinds.values()
-        device.crowded |= poisoned and bool(device.held)
+        device.poisoned |= "worker_lost" in kinds.values()
+        device.calling = None if device.calling == event.batch else device.calling
         for ticket in tickets:
-            kind = kinds.get(ticket.seq, "transient")
-            company = kind in ("worker_lost", "timeout") and bool(device.held)
             if ticket.seq in made:
                 due[ticket.seq] = "done"
                 device.unexplained = device.blame = 0
                 self._blame(ticket.seq, event.worker)
             else:
-                due |= self._failed(ticket.seq, Blow(kind, len(tickets), event.worker, company))
+                due |= self._failed(ticket.seq, Blow(kinds.get(ticket.seq, "transient"), len(tickets), event.worker))
         return due
 
     def _blame(self, seq: int, doer: int) -> None:
@@ -228,13 +234,16 @@ class Promises:
         kind = "timeout" if device.killed.startswith("silent") else event.kind
         blows = [b for held in device.held.values() for ticket in held for b in self.history.get(ticket.seq, ())]
         device.unexplained += not any(blow.kind in ("worker_lost", "timeout") for blow in blows)
-        company = len(device.held) > 1 or device.crowded
-        for tickets in device.held.values():
+        company = len(device.held) > 1 or device.poisoned
+        for batch, tickets in device.held.items():
+            waits = device.calling is not None and batch not in device.left
             for ticket in tickets:
-                due |= self._failed(ticket.seq, Blow(kind, len(tickets), event.worker, company))
+                blow = Blow(kind, len(tickets), event.worker, company, device.poisoned or waits)
+                due |= self._failed(ticket.seq, blow)
         device.failed_loads += device.unready
         device.out |= device.unexplained >= LOSSES_AT_MOST or device.failed_loads >= LOADS_AT_MOST
-        device.held, device.loading, device.unready, device.crowded, device.killed = {}, False, False, False, ""
+        device.held, device.loading, device.unready, device.killed = {}, False, False, ""
+        device.calling, device.poisoned, device.left = None, False, set()
         return due
 
     def _follow(self, command: Command, now: float) -> None:
@@ -567,7 +576,8 @@ class Mill(RuleBasedStateMachine):
             if not self.going or process is None:
                 return
             if ahead and process.batch and not process.killed:
-                self.turn(process, BatchMade(process.worker, process.batch.id, frozenset(process.batch.needs)))
+                needs = frozenset(process.batch.needs)
+                self.turn(process, BatchMade(process.worker, process.batch.id, needs, made=pick % 2 == 0))
             else:
                 self.turn(process, self.next_event(process, how))
 
@@ -579,11 +589,19 @@ class Mill(RuleBasedStateMachine):
             self.turn(process, WorkerBeat(process.worker))
 
     @precondition(lambda self: self.going)
-    @rule(pick=PICK)
-    def a_batch_leaves_the_device(self, pick: int) -> None:
+    @rule(pick=PICK, made=st.booleans())
+    def a_batch_leaves_the_device(self, pick: int, made: bool) -> None:
         process = self.some(lambda one: one.batch is not None, pick)
         if process and process.batch:
-            self.turn(process, BatchMade(process.worker, process.batch.id, frozenset(process.batch.needs)))
+            self.turn(process, BatchMade(process.worker, process.batch.id, frozenset(process.batch.needs), made))
+
+    @precondition(lambda self: self.going)
+    @rule(pick=PICK)
+    def the_last_steps_of_a_batch_that_called_early_are_over(self, pick: int) -> None:
+        process = self.some(lambda one: bool(one.saving), pick)
+        if process:
+            batch = list(process.saving.values())[-1]
+            self.turn(process, BatchMade(process.worker, batch.id, frozenset(batch.needs)))
 
     @precondition(lambda self: self.going)
     @rule(pick=PICK, which=PICK, how=st.lists(ENDS, min_size=1, max_size=4), twice=st.booleans())

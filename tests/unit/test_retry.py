@@ -63,11 +63,11 @@ def test_a_worker_lost_with_a_whole_batch_is_not_held_against_its_members() -> N
     assert decide(together + tries("worker_lost", "worker_lost"), 3).action == "give_up"
 
 
-def test_a_worker_lost_with_another_batch_is_not_held_against_either() -> None:
-    both = [replace(one, shared=True) for one in tries("worker_lost")]
-    assert decide(both, 3).action == "elsewhere"
-    assert decide(both + tries("worker_lost"), 3).action == "elsewhere"
-    assert decide(both + tries("worker_lost", "timeout"), 3).action == "give_up"
+def test_a_worker_lost_to_another_batch_is_not_held_against_a_task() -> None:
+    before = [replace(one, shared=True, bystander=True) for one in tries("worker_lost")]
+    assert decide(before, 3).action == "elsewhere"
+    assert decide(before + tries("worker_lost"), 3).action == "elsewhere"
+    assert decide(before + tries("worker_lost", "timeout"), 3).action == "give_up"
 
 
 def test_failures_of_different_kinds_are_counted_apart() -> None:

@@ -94,6 +94,20 @@ def test_ahead_the_device_is_free_before_the_pictures_are_saved() -> None:
     desk.saver.close()
 
 
+def test_a_batch_that_calls_the_next_early_says_when_it_is_made() -> None:
+    desk = Desk(ahead=True)
+    batch = desk.saver.batch(order("a"))
+    batch.call_next(frozenset())
+    batch.call_next(frozenset())
+    assert desk.events == [BatchMade(3, 9, frozenset(), made=False)]
+    batch.take(made(0), desk.sink)
+    batch.made(HELD, 0, ())
+    assert desk.events[1:] == [BatchMade(3, 9, HELD)]
+    desk.sink.go.set()
+    assert desk.ended.wait(20)
+    desk.saver.close()
+
+
 def test_without_it_each_picture_is_saved_before_the_next_is_asked_for() -> None:
     desk = Desk(ahead=False)
     desk.sink.go.set()

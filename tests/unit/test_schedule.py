@@ -84,10 +84,10 @@ class Story:
         receipts = tuple(Receipt(t.seq, a, 1, 1) for t, a in zip(batch.tickets, batch.attempts, strict=True))
         return self.tell(BatchEnded(worker, batch.id, receipts, (), frozenset(batch.needs)))
 
-    def made(self, worker: int) -> list[Command]:
+    def made(self, worker: int, *, made: bool = True) -> list[Command]:
         """The worker's batch leaves the device, or is about to: it calls for the next one."""
         batch = self.batch(worker)
-        return self.tell(BatchMade(worker, batch.id, frozenset(batch.needs)))
+        return self.tell(BatchMade(worker, batch.id, frozenset(batch.needs), made))
 
     def fails(self, worker: int, kind: Kind, batch: Batch | None = None) -> list[Command]:
         """Every task of the worker's batch fails; another than the one at hand may be said."""
@@ -205,7 +205,7 @@ def test_an_order_that_waited_when_its_worker_was_lost_loses_no_life(poisoned: b
     story = Story(workers=1)
     story.tasks(2)
     first = story.batch(0)
-    assert given(story.made(0)) == {0: [1]}
+    assert given(story.made(0, made=False)) == {0: [1]}
     if poisoned:
         assert only(story.fails(0, "worker_lost", first), Kill)
     assert only(story.dies(0), Settle) == []
@@ -219,17 +219,34 @@ def test_an_order_that_waited_when_its_worker_was_lost_loses_no_life(poisoned: b
     assert {one.seq: one.attempts for one in story.of(Settle) if one.receipt} == {0: 2, 1: 3}
 
 
-def test_of_two_orders_lost_together_the_poison_one_is_still_given_up() -> None:
+@pytest.mark.parametrize(("poison", "begun", "attempts"), [(0, False, 2), (1, False, 3), (0, True, 2), (1, True, 2)])
+def test_of_two_orders_lost_together_the_poison_one_is_still_given_up(poison: int, begun: bool, attempts: int) -> None:
+    """The second has not begun until the worker says that the last steps of the first are over."""
     story = Story(workers=1)
     story.tasks(2)
-    story.made(0)
+    first = story.batch(0)
+    story.made(0, made=False)
+    if begun:
+        story.tell(BatchMade(0, first.id, frozenset(first.needs)))
     story.dies(0)
     while story.goes_on():
         story.wait(31.0)
         if story.state(0) == "busy":
-            (story.dies if story.batch(0).tickets[0].seq == 1 else story.done)(0)
+            (story.dies if story.batch(0).tickets[0].seq == poison else story.done)(0)
     settled = {one.seq: (one.failure.kind if one.failure else "done", one.attempts) for one in story.of(Settle)}
-    assert settled == {0: ("done", 2), 1: ("worker_lost", 3)}
+    assert settled == {poison: ("worker_lost", attempts), 1 - poison: ("done", 2)}
+
+
+def test_an_early_call_is_over_with_its_batch() -> None:
+    """What comes later is no bystander any more."""
+    story = Story(workers=1)
+    story.tasks(2)
+    first = story.batch(0)
+    story.made(0, made=False)
+    story.tell(BatchEnded(0, first.id, (Receipt(0, 1, 1, 1),), (), frozenset(first.needs)))
+    story.dies(0)
+    story.wait(31.0)
+    assert [one.attempts for one in only(story.dies(0), Settle)] == [2]
 
 
 def test_a_retry_waits_for_a_leashed_worker_that_called_for_more_early() -> None:
@@ -238,7 +255,7 @@ def test_a_retry_waits_for_a_leashed_worker_that_called_for_more_early() -> None
     story = Story(policy="window", lead=2)
     story.tasks(4)
     story.made(1)
-    story.made(1)
+    story.made(1, made=False)
     assert given(story.fails(0, "bad_output")) != {0: [0]}
 
 
