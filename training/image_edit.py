@@ -6,6 +6,8 @@ Flux: x = (1 - sigma) * target + sigma * noise, time input sigma, target noise -
 
 from __future__ import annotations
 
+import argparse
+import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -170,7 +172,9 @@ def weights_of(text: str) -> dict[str, float]:
     """How often edits come: `add=0.86,bigger=0.3`."""
     found = {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
     if unknown := sorted(set(found) - set(WEIGHTS)):
-        raise ValueError(f"no edit is called {unknown[0]}")
+        raise argparse.ArgumentTypeError(f"no edit is called {unknown[0]}; known: {', '.join(WEIGHTS)}")
+    if not all(0 <= weight < math.inf for weight in found.values()):
+        raise argparse.ArgumentTypeError("weights are numbers from 0 on")
     return found
 
 

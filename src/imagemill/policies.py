@@ -35,7 +35,7 @@ class Worker:
     `batch` is on its device, `saving` are those that left it, or are about to, and whose pictures are being saved.
     `secluded` says that the task it has is under suspicion and gets no company. `calling` is the one of `saving` whose last
     steps are still to come, so that `batch` has not begun; `spoilt` says that a batch which has ended poisoned the device's
-    context for the others. `losses` are those in a row without a
+    context for the others, `explained` that it had cost a worker before. `losses` are those in a row without a
     finished task; of them, `unexplained` are those with a task that had cost no worker before, or with none.
     """
 
@@ -48,6 +48,7 @@ class Worker:
     secluded: bool = False
     calling: int | None = None
     spoilt: bool = False
+    explained: bool = False
     deadline: float = 0.0
     not_before: float = 0.0
     ending: str = ""
@@ -93,7 +94,8 @@ class Worker:
     def is_gone(self) -> None:
         """Its process has ended; one that is out for good stays so."""
         self.batch, self.resident, self.ending = None, frozenset(), ""
-        self.saving, self.secluded, self.calling, self.spoilt = {}, False, None, False
+        self.saving, self.secluded, self.calling = {}, False, None
+        self.spoilt = self.explained = False
         if self.state != "quarantined":
             self.state = "absent"
 

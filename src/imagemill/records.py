@@ -262,7 +262,7 @@ class Failure:
 @dataclass(frozen=True, slots=True)
 class Try:
     """One ended attempt of a task that did not give a picture. `shared`: its worker was lost and had another batch, too;
-    `bystander`: it was lost to that other batch."""
+    `bystander`: this one had not begun, but for being read and encoded ahead, or the other had poisoned the device's context."""
 
     attempt: int
     worker: int

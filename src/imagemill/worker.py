@@ -250,11 +250,13 @@ def serve(spec: WorkerSpec, inbox: queue.SimpleQueue[Any], emit: Callable[[Event
     messages = Inbox(inbox)
     worker = Worker(spec, emit, lambda: None, messages.next_order)
     if not worker.prepare():
+        worker.close()
         return
     while True:
         match messages.take():
             case wire.LoadModel(model):
                 if not worker.load(model):
+                    worker.close()
                     return
             case WorkOrder() as order:
                 worker.work(order)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,27 @@ def test_text_is_encoded_behind_the_last_steps_whatever_adapter_comes_next(
     painter.early.close()
 
 
+def test_text_that_comes_at_the_last_step_is_still_encoded_before_the_decoder(
+    painter: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver is asked one step before the end, so its answer is there at the last, and no thread is waited for."""
+    lane = Recording()
+    painter.on(lane, monkeypatch)
+    plain = {"images": (), "true_cfg_scale": None, "negative_prompt": None}
+    orders = [painter.order(painter.planned(seq, **plain)) for seq in range(1, 5)]
+    for order, following in pairwise(orders):
+        lane.launched.clear()
+
+        def beat(stage: str, seq: int, step: int, steps: int, following: WorkOrder = following) -> None:
+            if stage == "denoise" and step == steps:
+                painter.runner.follow(following)
+
+        for result in painter.runner.run(order, beat):
+            result.landed()
+        assert lane.launched[-4:] == ["denoise", "beside", "encode", "decode"]
+    painter.early.close()
+
+
 def test_a_driver_that_answers_a_step_later_and_a_step_of_reading_leave_time_for_all_pieces(
     bench: Bench, lane: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +218,7 @@ def test_a_driver_that_answers_a_step_later_and_a_step_of_reading_leave_time_for
 
     def slow(*arguments: Any) -> Iterator[Member | Result]:
         if ahead_of_its_turn():
-            reading.wait()
+            assert reading.wait(20)
         yield from read(*arguments)
 
     monkeypatch.setattr(early, "take_in", slow)
@@ -339,14 +361,14 @@ def test_pictures_that_nobody_needs_any_more_are_not_read(
 
     def slow(planned: PlannedTask, model: ModelSpec) -> Any:
         begun.set()
-        go_on.wait()
+        assert go_on.wait(20)
         read.append(planned.ticket.seq)
         return usual(planned, model)
 
     monkeypatch.setattr(references, "read", slow)
     bench.runner.follow(order)
     reading = bench.early._next._reading
-    begun.wait()
+    assert begun.wait(20)
     bench.early.give_up()
     go_on.set()
     reading.result()

@@ -136,6 +136,7 @@ class Device:
     unready: bool = False  # a process that was never ready
     calling: int | None = None  # the batch whose last steps are still to come, though it has the next
     poisoned: bool = False  # by a batch that has ended
+    explained: bool = False  # one with a task that had cost a worker before
     killed: str = ""
     left: set[int] = field(default_factory=set)  # batches that called for the next one
     sign: float = 0.0  # of life, the last one
@@ -204,7 +205,9 @@ class Promises:
         device, due = self.devices[event.worker], {}
         tickets, made = device.held.pop(event.batch), {receipt.seq for receipt in event.receipts}
         kinds = {failure.seq: failure.kind for failure in event.failures}
-        device.poisoned |= "worker_lost" in kinds.values()
+        if "worker_lost" in kinds.values():
+            device.poisoned = True
+            device.explained |= self._killers(tickets)
         device.calling = None if device.calling == event.batch else device.calling
         for ticket in tickets:
             if ticket.seq in made:
@@ -232,8 +235,8 @@ class Promises:
     def _lost(self, event: WorkerLost) -> dict[int, str]:
         device, due = self.devices[event.worker], dict[int, str]()
         kind = "timeout" if device.killed.startswith("silent") else event.kind
-        blows = [b for held in device.held.values() for ticket in held for b in self.history.get(ticket.seq, ())]
-        device.unexplained += not any(blow.kind in ("worker_lost", "timeout") for blow in blows)
+        explained = device.explained or any(self._killers(held) for held in device.held.values())
+        device.unexplained += not explained
         company = len(device.held) > 1 or device.poisoned
         for batch, tickets in device.held.items():
             waits = device.calling is not None and batch not in device.left
@@ -243,8 +246,12 @@ class Promises:
         device.failed_loads += device.unready
         device.out |= device.unexplained >= LOSSES_AT_MOST or device.failed_loads >= LOADS_AT_MOST
         device.held, device.loading, device.unready, device.killed = {}, False, False, ""
-        device.calling, device.poisoned, device.left = None, False, set()
+        device.calling, device.poisoned, device.explained, device.left = None, False, False, set()
         return due
+
+    def _killers(self, tickets: Sequence[Ticket]) -> bool:
+        blows = [blow for ticket in tickets for blow in self.history.get(ticket.seq, ())]
+        return any(blow.kind in ("worker_lost", "timeout") for blow in blows)
 
     def _follow(self, command: Command, now: float) -> None:
         match command:

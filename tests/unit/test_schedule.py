@@ -237,6 +237,37 @@ def test_of_two_orders_lost_together_the_poison_one_is_still_given_up(poison: in
     assert settled == {poison: ("worker_lost", attempts), 1 - poison: ("done", 2)}
 
 
+@pytest.mark.parametrize("poisons", [False, True])
+def test_many_tasks_that_each_cost_two_workers_put_no_device_out(poisons: bool) -> None:
+    """Whether they end the process or poison the device's context."""
+    story = Story(workers=1)
+    story.tasks(LOSSES_AT_MOST - 1)
+    while story.goes_on():
+        story.wait(31.0)
+        if story.state(0) == "busy":
+            if poisons:
+                story.fails(0, "worker_lost")
+            story.dies(0)
+    assert [halt.reason for halt in story.of(Halt)] == ["done"]
+    assert len(story.of(Settle)) == LOSSES_AT_MOST - 1
+
+
+def test_what_a_spoilt_context_takes_along_does_not_blame_the_device() -> None:
+    """All four tasks are done by the other device, which speaks twice against this one."""
+    story = Story(workers=2)
+    story.tasks(30)
+    for _ in range(2):
+        first = story.batch(0)
+        story.made(0)
+        story.fails(0, "worker_lost", first)
+        story.dies(0)
+        for _ in range(4):
+            story.done(1)
+        story.wait(31.0)
+    worker = story.scheduler.board.workers[0]
+    assert (worker.state, worker.blame) == ("busy", 2)
+
+
 def test_an_early_call_is_over_with_its_batch() -> None:
     """What comes later is no bystander any more."""
     story = Story(workers=1)

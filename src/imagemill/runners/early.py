@@ -120,7 +120,7 @@ class Early:
             if isinstance(failure, BadTask):
                 return None
             self._pays = self.wanted = False
-            log.warning("encoding ahead of its turn failed", exc_info=error)
+            log.info("encoding ahead of its turn failed", exc_info=error)
             self._tell(f"nothing is encoded ahead of its turn any more, since that failed: {failure}")
             if isinstance(failure, OutOfMemory):
                 release(error, str(self._pipe.device))
@@ -135,7 +135,7 @@ class EarlyOrder:
         self._family = family
         self._model = model
         self._dropped = threading.Event()
-        self._reading: Future[list[Member | Result]] = thread.submit(self._read)
+        self._reading = thread.submit(self._read) if edits(order) else at_once(self._read)
         self._first: Sequence[Member] = ()
         self._pieces: Generator[None, None, Any] | None = None
         self._made: Encoded | None = None
@@ -210,6 +210,21 @@ class EarlyOrder:
                 next(self._pieces)
             except StopIteration as end:
                 self._made, self._over = (end.value, self._stages), True
+
+
+def edits(order: WorkOrder) -> bool:
+    """Whether there are pictures to read."""
+    return any(planned.task.images for planned in order.tasks)
+
+
+def at_once(work: Callable[[], T]) -> Future[T]:
+    """What the work came to: text waits for no thread, since nothing but the last step is left to launch it behind."""
+    future: Future[T] = Future()
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def pieces(family: Family, pipe: Any, tasks: Sequence[Any], pictures: Sequence[Any]) -> Generator[None, None, Any]:
