@@ -317,7 +317,8 @@ class Scheduler:
         event = self.explained(event)
         message = f"worker {worker.id} ({worker.device}): {event.message or 'it died'}"
         self._last_loss = message
-        spoilt, explained = worker.spoilt, worker.explained
+        # a device that is put out is ended for what it did to others
+        spoilt, explained = worker.spoilt or worker.state == "quarantined", worker.explained
         worker.is_gone()
         worker.losses += 1
         lost = (self.board.in_flight[seq] for batch in batches for seq in _seqs(batch))

@@ -237,11 +237,12 @@ class Promises:
         kind = "timeout" if device.killed.startswith("silent") else event.kind
         explained = device.explained or any(self._killers(held) for held in device.held.values())
         device.unexplained += not explained
-        company = len(device.held) > 1 or device.poisoned
+        not_theirs = device.poisoned or "tasks in a row failed here" in device.killed
+        company = len(device.held) > 1 or not_theirs
         for batch, tickets in device.held.items():
             waits = device.calling is not None and batch not in device.left
             for ticket in tickets:
-                blow = Blow(kind, len(tickets), event.worker, company, device.poisoned or waits)
+                blow = Blow(kind, len(tickets), event.worker, company, not_theirs or waits)
                 due |= self._failed(ticket.seq, blow)
         device.failed_loads += device.unready
         device.out |= device.unexplained >= LOSSES_AT_MOST or device.failed_loads >= LOADS_AT_MOST

@@ -644,6 +644,22 @@ def test_a_device_that_only_fails_is_quarantined_when_others_succeed_with_its_ta
     assert BLAME_AT_MOST <= len(blamed) <= BLAME_AT_MOST + 2
 
 
+def test_a_task_in_hand_when_its_device_is_put_out_loses_no_life() -> None:
+    story = Story(workers=2)
+    story.tasks(20)
+    while not story.of(Kill):
+        story.fails(0, "bad_output")
+        story.done(1)
+    (ticket,) = story.batch(0).tickets
+    story.dies(0)
+    for _ in range(2):
+        story.wait(31.0)
+        while story.state(1) == "busy" and story.batch(1).tickets[0].seq != ticket.seq:
+            story.done(1)
+    assert [one.kind for one in story.scheduler.board.in_flight[ticket.seq].tries] == ["worker_lost"]
+    assert story.scheduler.board.in_flight[ticket.seq].tries[0].bystander
+
+
 def test_tasks_that_fail_everywhere_cost_no_device() -> None:
     story = Story(workers=2)
     story.tasks(12)
