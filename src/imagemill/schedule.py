@@ -7,7 +7,7 @@ tests, `imagemill plan` and the benchmarks run it under virtual time.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from imagemill.backlog import Backlog, Bucket, Entry
@@ -251,7 +251,7 @@ class Scheduler:
         failures = {failure.seq: failure for failure in event.failures}
         commands: list[Command] = []
         poisons = any(failure.kind == "worker_lost" for failure in failures.values())
-        worker.explained = worker.explained or (poisons and _killers(map(self._unsettled.__getitem__, _seqs(batch))))
+        worker.explained = worker.explained or (poisons and self._killers([batch]))
         for ticket, attempt in zip(batch.tickets, batch.attempts, strict=True):
             entry = self.board.in_flight.pop(ticket.seq)
             receipt = receipts.get(ticket.seq)
@@ -321,8 +321,7 @@ class Scheduler:
         spoilt, explained = worker.spoilt or worker.state == "quarantined", worker.explained
         worker.is_gone()
         worker.losses += 1
-        lost = (self.board.in_flight[seq] for batch in batches for seq in _seqs(batch))
-        worker.unexplained += not (explained or _killers(lost))
+        worker.unexplained += not (explained or self._killers(batches))
         worker.failed_loads += loading
         if worker.usable:
             worker.not_before = now + backoff(worker.losses, first=0.5 if worker.losses == 1 else 1.0)
@@ -338,6 +337,11 @@ class Scheduler:
         if worker.unexplained >= LOSSES_AT_MOST or worker.failed_loads >= LOADS_AT_MOST:
             commands += self._quarantine(worker, message)
         return commands
+
+    def _killers(self, batches: Sequence[Batch]) -> bool:
+        """Whether one of the tasks has cost a worker before."""
+        entries = (self.board.in_flight[ticket.seq] for batch in batches for ticket in batch.tickets)
+        return any(one.kind in LOSS for entry in entries for one in entry.tries)
 
     def _overdue(self, now: float) -> list[Command]:
         late = [worker for worker in self.board.workers.values() if _watched(worker) and now >= worker.deadline]
@@ -497,15 +501,6 @@ def _fresh(number: int, device: str, known: Worker | None) -> Worker:
         spoilt=False,
         explained=False,
     )
-
-
-def _seqs(batch: Batch) -> list[int]:
-    return [ticket.seq for ticket in batch.tickets]
-
-
-def _killers(entries: Iterable[Entry]) -> bool:
-    """Whether one of the tasks has cost a worker before."""
-    return any(one.kind in LOSS for entry in entries for one in entry.tries)
 
 
 def _watched(worker: Worker) -> bool:
