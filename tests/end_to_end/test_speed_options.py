@@ -85,10 +85,13 @@ def test_preloading_starts_the_workers_while_the_source_is_read(place: Workplace
     os.mkfifo(source)
     started = place.start_fake(source, "out", *ON_CPU, "--workers", "2", "--preload")
     until(lambda: len(started.children()) == 2)
-    source.write_text("".join(json.dumps({"prompt": str(number)}) + "\n" for number in range(6)))
+    # long enough that the second worker is there before the first has done them all
+    row = {"metadata": {"fake": {"delay": 1.0}}}
+    source.write_text("".join(json.dumps({"prompt": str(number), **row}) + "\n" for number in range(6)))
     ended = started.wait()
     assert ended.code == 0, ended.text
     assert set(place.states().values()) == {"done"}
+    assert {result["worker"] for result in place.results()} == {0, 1}
 
 
 def test_workers_that_were_started_for_nothing_are_gone_at_the_end(place: Workplace) -> None:
