@@ -87,7 +87,8 @@ class Worker:
         self._loaded: ModelSpec | None = None
         self._last_beat = 0.0
         self._peak = 0
-        self._prepared: tuple[Span, ...] = ()
+        self._prepared: Runner | None = None
+        self._imported: tuple[Span, ...] = ()
         self._sinks: dict[SinkSpec, sinks.Sink] = {}
 
     def prepare(self) -> bool:
@@ -95,12 +96,14 @@ class Worker:
 
         A failure, here and in `load`, is told as `WorkerLost`; False means that this worker is over.
         """
-        started = time.monotonic()
+        started, model = time.monotonic(), self.spec.model
         try:
-            runners.create(self.spec.model.runner, self.spec.device, self.spec.threads).prepare(self.spec.model)
+            runner = runners.create(model.runner, self.spec.device, self.spec.threads)
+            runner.prepare(model)
         except Exception as error:
             return self._give_up(error)
-        self._prepared = (Span("import", started, time.monotonic() - started, on_device=False),)
+        self._prepared = runner
+        self._imported = (Span("import", started, time.monotonic() - started, on_device=False),)
         return True
 
     def load(self, model: ModelSpec | None = None) -> bool:
@@ -115,7 +118,7 @@ class Worker:
         seconds = time.monotonic() - started
         log.info("loaded %s in %.1f s", model.name, seconds)
         memory = runner.memory()[0]
-        spans = (*self._prepared, *runner.spans())
+        spans = (*self._imported, *runner.spans())
         self._emit(WorkerReady(self.spec.worker, runner.resident, seconds, memory, spans, runner.notes()))
         return True
 
@@ -163,7 +166,9 @@ class Worker:
         if self._runner is not None and self._loaded == model:
             return self._runner
         self._drop()
-        runner = runners.create(model.runner, self.spec.device, self.spec.threads)
+        runner, self._prepared = (self._prepared if model == self.spec.model else None), None
+        if runner is None:
+            runner = runners.create(model.runner, self.spec.device, self.spec.threads)
         try:
             runner.load(model, self._beat(runner))
         except BaseException:

@@ -18,7 +18,6 @@ from tiny_model import SPEC, TINY, loaded, no_beat, picture, planned, run
 
 from imagemill.errors import BadModel, OutOfMemory
 from imagemill.families import family
-from imagemill.records import Tuning
 from imagemill.runners import loading, page_cache
 from imagemill.runners.diffusion import DiffusionRunner, create
 from imagemill.runners.loading import choose_family, refuse_gaps
@@ -229,42 +228,6 @@ def test_casting_takes_more_threads_on_a_gpu_s_worker_and_gives_them_back(monkey
 
 
 # --- before loading ---------------------------------------------------------------------------------------------------
-
-
-def test_what_tuning_asks_for_is_imported_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = loading.needed_modules(Tuning())
-    assert "PIL.PngImagePlugin" in usual
-    assert not any("torch" in name for name in usual)
-    assert "torch._inductor.compile_fx" in loading.needed_modules(Tuning(compile=True))
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    assert loading.needed_modules(Tuning(precision="fp8")) == usual
-    monkeypatch.setattr(loading, "find_spec", lambda name: name)
-    assert loading.needed_modules(Tuning(precision="fp8")) == [*usual, "torchao.quantization"]
-
-
-def test_preparing_imports_everything_and_refuses_what_loading_would(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    imported: list[str] = []
-    monkeypatch.setattr(loading, "import_module", lambda name: imported.append(name))
-    monkeypatch.setattr(loading, "component_class", lambda *entry: imported.append(entry[1]))
-    loading.import_classes(replace(SPEC, tuning=Tuning(compile=True)))
-    assert {"ZImageTransformer2DModel", "AutoencoderKL", "torch._dynamo", "peft"} <= set(imported)
-    place = folder / "model_index.json"
-    place.write_text(place.read_text().replace("ZImagePipeline", "WanPipeline"))
-    with pytest.raises(BadModel, match="is not served"):
-        loading.import_classes(replace(SPEC, folder=str(folder)))
-    with pytest.raises(BadModel, match="does not exist"):
-        loading.import_classes(replace(SPEC, folder=str(folder / "nowhere")))
-
-
-def test_a_context_that_cannot_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(device: str) -> None:
-        raise torch.OutOfMemoryError(f"CUDA out of memory on {device}")
-
-    monkeypatch.setattr(loading, "open_device", broken)
-    with pytest.raises(torch.OutOfMemoryError, match="cuda:0"):
-        loading.import_classes(SPEC, "cuda:0")
 
 
 @pytest.fixture

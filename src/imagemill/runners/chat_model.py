@@ -12,6 +12,7 @@ from imagemill.errors import BadModel
 from imagemill.records import ModelSpec
 from imagemill.runners import loading
 from imagemill.runners.diffusion import process_memory
+from imagemill.runners.importing import collector_paused
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 """Kinds of models whose processor wants torchvision: for videos, and because its settings name a class that uses it."""
@@ -22,7 +23,8 @@ log = logging.getLogger(__name__)
 
 def import_classes() -> None:
     """Import what loading takes most of its first seconds for."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    with collector_paused():
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
     log.debug("found %s and %s", AutoModelForImageTextToText.__name__, AutoProcessor.__name__)
 

@@ -17,7 +17,7 @@ from imagemill.errors import BadModel, BadOutput, BadTask, OutOfMemory, TaskErro
 from imagemill.families import Family
 from imagemill.plan import adapters_need
 from imagemill.records import Lora, ModelSpec, PlannedTask, Span, Task, WorkOrder
-from imagemill.runners import Beat, Result
+from imagemill.runners import Beat, Result, importing
 from imagemill.runners.adapters import Adapters, choose
 from imagemill.runners.early import Early
 from imagemill.runners.ladder import Ladder, release
@@ -54,14 +54,13 @@ class DiffusionRunner:
         self._adapts_text = False
         self._need = adapters_need(())
         self._shape = ""
+        self._imports = importing.Imports()
         self._spans: tuple[Span, ...] = ()
         self._notes: list[str] = []
 
     def prepare(self, spec: ModelSpec) -> None:
-        """Import torch, diffusers and the classes of the model's components."""
-        from imagemill.runners import loading
-
-        loading.import_classes(spec, self.device)
+        """Import torch, diffusers and the classes of the model's components; the compiler comes while the weights load."""
+        self._imports = importing.import_for(spec, self.device)
 
     def load(self, spec: ModelSpec, beat: Beat) -> None:
         """Load the model; beats with the stage `load` and seq -1. Raises `BadModel` when the folder can never load."""
@@ -75,7 +74,8 @@ class DiffusionRunner:
         started = time.monotonic()
         try:
             loaded = loading.load(spec, self.device, beat)
-            self._pipe, self._family, spans = loaded.pipe, loaded.family, list(loaded.spans)
+            self._pipe, self._family = loaded.pipe, loaded.family
+            spans = [*self._imports.finish(), *loaded.spans]
             self._lane = lane(self.device)
             self._ladder = Ladder(loaded.pipe, self.device, staged=is_staged(loaded.family))
             self._adapts_text = adapts_text(loaded.pipe)

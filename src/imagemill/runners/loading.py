@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagemill.errors import BadModel, Transient, classify
 from imagemill.families import Family, family, family_for
-from imagemill.records import ModelSpec, Span, Tuning
+from imagemill.records import ModelSpec, Span
 from imagemill.runners import Beat
 from imagemill.runners.page_cache import read_ahead
 
@@ -82,54 +79,6 @@ def load(spec: ModelSpec, device: str, beat: Beat) -> Loaded:
     pipe.set_progress_bar_config(disable=True)
     beat("load", -1, len(names), len(names))
     return Loaded(pipe, chosen, tuple(spans))
-
-
-def import_classes(spec: ModelSpec, device: str = "cpu") -> None:
-    """Import the pipeline's class, those of its components and what tuning and saving need: most of the seconds of a first
-    load. Meanwhile the weights are read into the page cache, and a GPU's context is made.
-
-    Every worker does all of this; files that one has asked the kernel for cost the others nothing.
-    """
-    folder = Path(spec.folder)
-    index = read_index(folder)
-    read_ahead([path for name in components(index) for path in weight_files(folder / name)])
-    import_module("torch")  # before the other thread asks for it
-    hush()
-    with ThreadPoolExecutor(1) as side:
-        context = side.submit(open_device, device)
-        choose_family(spec, index["_class_name"])
-        for name in components(index):
-            component_class(*index[name])
-        for module in needed_modules(spec.tuning):
-            import_module(module)
-        context.result()
-
-
-def hush() -> None:
-    """Without what libraries say of torchao as soon as it is installed: its kernels for other GPUs do not load, and diffusers
-    cannot read its checkpoints. fp8 that does not work raises."""
-    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def needed_modules(tuning: Tuning) -> list[str]:
-    """What a worker imports sooner or later beside the model's classes; of the optional ones those that are installed."""
-    modules = ["diffusers.models.attention_dispatch", "peft", "PIL.PngImagePlugin"]
-    if tuning.compile:
-        modules += ["torch._dynamo", "torch._inductor.compile_fx"]
-    if tuning.precision == "fp8" and find_spec("torchao"):
-        modules.append("torchao.quantization")
-    return modules
-
-
-def open_device(device: str) -> None:
-    """Make the context of a GPU, with a product of two small matrices so that its libraries are there too."""
-    if device.startswith("cuda"):
-        import torch
-
-        small = torch.ones(16, 16, device=device)
-        torch.mm(small, small)
-        torch.cuda.synchronize(device)
 
 
 @contextmanager
