@@ -1,77 +1,65 @@
-"""What a worker imports before and beside loading, and what becomes of what fails there."""
+"""What a worker imports before it loads, and what becomes of what fails there."""
 
 from __future__ import annotations
 
 import gc
 import shutil
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import SPEC, TINY, no_beat
+from tiny_model import SPEC, TINY
 
 from imagemill.errors import BadModel
-from imagemill.records import Event, Tuning, WorkerReady, WorkerSpec
-from imagemill.runners import importing, tuning
-from imagemill.runners.diffusion import DiffusionRunner
-from imagemill.runners.importing import COMPILER, collector_paused
+from imagemill.records import Event, Span, Tuning, WorkerReady, WorkerSpec
+from imagemill.runners import importing
+from imagemill.runners.importing import collector_paused
 from imagemill.worker import Worker
-
-COMPILED = replace(SPEC, tuning=Tuning(compile=True, sizes=((64, 64),)))
-TIMEOUT = 30.0
 
 
 class Imported:
-    """Stands for `import_module`: notes the names and whether the collector was on. What only the compiler needs waits until
-    `may_go`, and fails with `error` if there is one."""
+    """Stands for `import_module`: notes the names, and whether the collector was on."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.collected: list[bool] = []
-        self.may_go = threading.Event()
-        self.error: Exception | None = None
 
     def __call__(self, name: str) -> None:
-        if name in COMPILER:
-            assert self.may_go.wait(TIMEOUT), "nobody let the import go on"
-            if self.error is not None:
-                raise self.error
         self.names.append(name)
         self.collected.append(gc.isenabled())
 
 
 @pytest.fixture
-def imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[Imported]:
+def imported(monkeypatch: pytest.MonkeyPatch) -> Imported:
     stand_in = Imported()
     monkeypatch.setattr(importing, "import_module", stand_in)
-    monkeypatch.setattr(tuning, "tune", lambda *arguments, **how: [])  # nothing is compiled here
-    yield stand_in
-    stand_in.may_go.set()
+    return stand_in
 
 
 def test_what_tuning_asks_for_is_imported_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = importing.needed_modules(Tuning())
     assert "PIL.PngImagePlugin" in usual
     assert not any("torch" in name for name in usual)
+    assert "torch._inductor.compile_fx" in importing.needed_modules(Tuning(compile=True))
     monkeypatch.setattr(importing, "find_spec", lambda name: None)
     assert importing.needed_modules(Tuning(precision="fp8")) == usual
     monkeypatch.setattr(importing, "find_spec", lambda name: name)
     assert importing.needed_modules(Tuning(precision="fp8")) == [*usual, "torchao.quantization"]
 
 
-def test_classes_are_imported_at_once_and_what_loading_would_refuse_is_refused(
+def test_preparing_imports_everything_and_refuses_what_loading_would(
     imported: Imported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     classes: list[str] = []
     monkeypatch.setattr(importing.loading, "component_class", lambda *entry: classes.append(entry[1]))
-    assert [span.stage for span in importing.import_for(SPEC).finish()] == ["import torch", "import classes"]
+    spans = importing.import_for(replace(SPEC, tuning=Tuning(compile=True)))
+    assert [span.stage for span in spans] == ["import torch", "import classes", "import tools"]
     assert {"ZImageTransformer2DModel", "AutoencoderKL"} <= set(classes)
     assert imported.names[0] == "torch"
-    assert "peft" in imported.names
-    assert not set(COMPILER) & set(imported.names)
+    assert {"peft", "torch._dynamo"} <= set(imported.names)
+    assert not any(imported.collected)
+    assert gc.isenabled()
     folder = Path(shutil.copytree(TINY, tmp_path / "model"))
     place = folder / "model_index.json"
     place.write_text(place.read_text().replace("ZImagePipeline", "WanPipeline"))
@@ -79,39 +67,6 @@ def test_classes_are_imported_at_once_and_what_loading_would_refuse_is_refused(
         importing.import_for(replace(SPEC, folder=str(folder)))
     with pytest.raises(BadModel, match="does not exist"):
         importing.import_for(replace(SPEC, folder=str(folder / "nowhere")))
-    assert gc.isenabled()
-
-
-def test_the_compiler_is_imported_while_the_weights_load(imported: Imported) -> None:
-    runner = DiffusionRunner("cpu")
-    runner.prepare(COMPILED)  # returns although the compiler's import waits
-    before = list(imported.names)
-    beats: list[int] = []
-
-    def beat(stage: str, seq: int, step: int, steps: int) -> None:
-        beats.append(step)
-        if stage == "load" and step == steps:
-            assert imported.names == before  # all weights are there, and the import still waits
-            imported.may_go.set()
-
-    runner.load(COMPILED, beat)
-    assert beats
-    assert imported.names == [*before, *COMPILER]
-    assert not any(imported.collected)
-    stages = [span.stage for span in runner.spans()]
-    assert stages[:3] == ["import torch", "import classes", "import compiler"]
-    assert len(stages) == len(set(stages))
-    runner.unload()
-
-
-def test_an_import_that_fails_beside_loading_fails_it(imported: Imported) -> None:
-    imported.error = ImportError("libfoo.so: cannot open shared object file")
-    imported.may_go.set()
-    runner = DiffusionRunner("cpu")
-    runner.prepare(COMPILED)
-    with pytest.raises(ImportError, match=r"libfoo\.so"):
-        runner.load(COMPILED, no_beat)
-    assert runner.resident == frozenset()
     assert gc.isenabled()
 
 
@@ -123,12 +78,12 @@ def test_a_worker_tells_the_parts_of_its_imports() -> None:
     worker.close()
     (ready,) = (event for event in said if isinstance(event, WorkerReady))
     stages = [span.stage for span in ready.spans]
-    assert stages[:3] == ["import", "import torch", "import classes"]
+    assert stages[:4] == ["import", "import torch", "import classes", "import tools"]
     assert stages.count("load transformer") == 1
 
 
 def test_a_context_that_cannot_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(device: str) -> None:
+    def broken(device: str, spans: list[Span]) -> None:
         raise torch.OutOfMemoryError(f"CUDA out of memory on {device}")
 
     monkeypatch.setattr(importing, "open_device", broken)

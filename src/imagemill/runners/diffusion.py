@@ -54,13 +54,13 @@ class DiffusionRunner:
         self._adapts_text = False
         self._need = adapters_need(())
         self._shape = ""
-        self._imports = importing.Imports()
+        self._imported: tuple[Span, ...] = ()
         self._spans: tuple[Span, ...] = ()
         self._notes: list[str] = []
 
     def prepare(self, spec: ModelSpec) -> None:
-        """Import torch, diffusers and the classes of the model's components; the compiler comes while the weights load."""
-        self._imports = importing.import_for(spec, self.device)
+        """Import torch, diffusers and the classes of the model's components."""
+        self._imported = importing.import_for(spec, self.device)
 
     def load(self, spec: ModelSpec, beat: Beat) -> None:
         """Load the model; beats with the stage `load` and seq -1. Raises `BadModel` when the folder can never load."""
@@ -75,7 +75,7 @@ class DiffusionRunner:
         try:
             loaded = loading.load(spec, self.device, beat)
             self._pipe, self._family = loaded.pipe, loaded.family
-            spans = [*self._imports.finish(), *loaded.spans]
+            spans = [*self._imported, *loaded.spans]
             self._lane = lane(self.device)
             self._ladder = Ladder(loaded.pipe, self.device, staged=is_staged(loaded.family))
             self._adapts_text = adapts_text(loaded.pipe)
@@ -265,7 +265,7 @@ class DiffusionRunner:
         return now, peak
 
     def spans(self) -> tuple[Span, ...]:
-        """The parts of loading and warming up, one after another."""
+        """The parts of importing, loading and warming up."""
         return self._spans
 
     def notes(self) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
-"""What a worker imports: most of the seconds from its start to its first picture.
+"""What a worker imports before it loads: most of the seconds from its start to its first picture.
 
-What loading needs comes first. What only compiling needs is imported on a thread of its own while the weights load, since
-their copying leaves the interpreter free. Python's collector of cycles stands still meanwhile: modules make millions of
-objects that stay, and looking through them over and over takes a tenth of the time.
+Python's collector of cycles stands still meanwhile: modules make millions of objects that stay, and looking through them
+over and over takes a tenth of the time. Importing the compiler on another thread while the weights load gains nothing: the
+two wait for each other at the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,67 +22,40 @@ from imagemill.records import ModelSpec, Span, Tuning
 from imagemill.runners import loading
 from imagemill.runners.page_cache import read_ahead
 
-COMPILER = ("torch._dynamo", "torch._inductor.compile_fx")
 
-
-class Imports:
-    """The imports of a worker that are done, and those that go on beside loading."""
-
-    def __init__(self) -> None:
-        self._spans: list[Span] = []
-        self._rest: Future[None] | None = None
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Adds the block's span, `import NAME`."""
-        started = time.monotonic()
-        yield
-        self._spans.append(Span(f"import {name}", started, time.monotonic() - started, on_device=False))
-
-    def go_on(self, name: str, modules: tuple[str, ...]) -> None:
-        """Import these on a thread of their own."""
-        side = ThreadPoolExecutor(1, thread_name_prefix="import")
-        self._rest = side.submit(self._import, name, modules)
-        side.shutdown(wait=False)
-
-    def _import(self, name: str, modules: tuple[str, ...]) -> None:
-        with self.part(name), collector_paused():
-            for module in modules:
-                import_module(module)
-
-    def finish(self) -> tuple[Span, ...]:
-        """Wait for what goes on. Raises what an import raised. Returns all parts, for the trace."""
-        if self._rest is not None:
-            self._rest.result()
-        return tuple(self._spans)
-
-
-def import_for(spec: ModelSpec, device: str = "cpu") -> Imports:
+def import_for(spec: ModelSpec, device: str = "cpu") -> tuple[Span, ...]:
     """Import the pipeline's class, those of its components and what tuning and saving need. Meanwhile the weights are read
-    into the page cache, and a GPU's context is made. Raises `BadModel` as loading does.
+    into the page cache, and a GPU's context is made. Raises `BadModel` as loading does. Returns the parts, for the trace.
 
     Every worker does all of this; files that one has asked the kernel for cost the others nothing.
     """
-    folder, imports = Path(spec.folder), Imports()
+    folder = Path(spec.folder)
+    spans: list[Span] = []
     index = loading.read_index(folder)
     read_ahead([path for name in loading.components(index) for path in loading.weight_files(folder / name)])
     with collector_paused():
-        with imports.part("torch"):
+        with part("torch", spans):
             import_module("torch")  # before the other thread asks for it
         hush()
         with ThreadPoolExecutor(1) as side:
-            context = side.submit(open_device, device)
-            with imports.part("classes"):
+            context = side.submit(open_device, device, spans)
+            with part("classes", spans):
                 loading.choose_family(spec, index["_class_name"])
                 for name in loading.components(index):
                     loading.component_class(*index[name])
+            with part("tools", spans):
                 for module in needed_modules(spec.tuning):
                     import_module(module)
             context.result()
-    if spec.tuning.compile:
-        # not before: two threads that import modules of one circle may see them half done
-        imports.go_on("compiler", COMPILER)
-    return imports
+    return tuple(spans)
+
+
+@contextmanager
+def part(name: str, spans: list[Span]) -> Iterator[None]:
+    """Adds the block's span, `import NAME`."""
+    started = time.monotonic()
+    yield
+    spans.append(Span(f"import {name}", started, time.monotonic() - started, on_device=False))
 
 
 _pauses = threading.Lock()
@@ -118,16 +91,19 @@ def hush() -> None:
 def needed_modules(tuning: Tuning) -> list[str]:
     """What a worker imports sooner or later beside the model's classes; of the optional ones those that are installed."""
     modules = ["diffusers.models.attention_dispatch", "peft", "PIL.PngImagePlugin"]
+    if tuning.compile:
+        modules += ["torch._dynamo", "torch._inductor.compile_fx"]
     if tuning.precision == "fp8" and find_spec("torchao"):
         modules.append("torchao.quantization")
     return modules
 
 
-def open_device(device: str) -> None:
+def open_device(device: str, spans: list[Span]) -> None:
     """Make the context of a GPU, with a product of two small matrices so that its libraries are there too."""
     if device.startswith("cuda"):
         import torch
 
-        small = torch.ones(16, 16, device=device)
-        torch.mm(small, small)
-        torch.cuda.synchronize(device)
+        with part("device", spans):
+            small = torch.ones(16, 16, device=device)
+            torch.mm(small, small)
+            torch.cuda.synchronize(device)
