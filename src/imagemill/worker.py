@@ -35,7 +35,7 @@ from imagemill.records import (
     WorkerSpec,
     WorkOrder,
 )
-from imagemill.runners import Beat, Runner
+from imagemill.runners import Beat, Runner, importing
 from imagemill.saving import SavedBatch, Saver, told
 
 BEAT_INTERVAL = 0.05
@@ -170,7 +170,8 @@ class Worker:
         if runner is None:
             runner = runners.create(model.runner, self.spec.device, self.spec.threads)
         try:
-            runner.load(model, self._beat(runner))
+            with importing.collector_spared():
+                runner.load(model, self._beat(runner))
         except BaseException:
             runner.unload()
             raise

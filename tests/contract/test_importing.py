@@ -70,11 +70,19 @@ def test_preparing_imports_everything_and_refuses_what_loading_would(
     assert gc.isenabled()
 
 
-def test_a_worker_tells_the_parts_of_its_imports() -> None:
+def test_a_worker_tells_the_parts_of_its_imports_and_spares_them_the_collector_while_it_loads() -> None:
+    spared: list[int] = []
     said: list[Event] = []
-    worker = Worker(WorkerSpec(worker=0, model=SPEC, label="CPU", device="cpu"), said.append, lambda: None)
+    worker = Worker(
+        WorkerSpec(worker=0, model=SPEC, label="CPU", device="cpu"),
+        said.append,
+        lambda: spared.append(gc.get_freeze_count()),
+    )
+    before = gc.get_freeze_count()
     assert worker.prepare()
     assert worker.load()
+    assert min(spared) > 100_000
+    assert gc.get_freeze_count() == before
     worker.close()
     (ready,) = (event for event in said if isinstance(event, WorkerReady))
     stages = [span.stage for span in ready.spans]

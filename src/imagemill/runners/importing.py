@@ -81,6 +81,16 @@ def collector_paused() -> Iterator[None]:
                 gc.enable()
 
 
+@contextmanager
+def collector_spared() -> Iterator[None]:
+    """In the block the collector does not look through what is there already: the modules, half a second each time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def hush() -> None:
     """Without what libraries say of torchao as soon as it is installed: its kernels for other GPUs do not load, and diffusers
     cannot read its checkpoints. fp8 that does not work raises."""

@@ -204,6 +204,7 @@ def release(error: BaseException, device: str) -> None:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     finish(device)
+    gc.unfreeze()  # while a model loads the collector spares what was there before
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
