@@ -13,13 +13,13 @@ from imagemill.config import Settings
 from imagemill.devices import Choice, Device
 from imagemill.executors import Executor, inline, processes
 from imagemill.intake import Models
-from imagemill.policies import Worker
 from imagemill.records import LABEL_VARIABLE, ModelSpec, WorkerSpec
 from imagemill.runners import compile_cache
 from imagemill.runners.adapter_cost import NEIGHBOURS_VARIABLE
 from imagemill.schedule import Limits
 from imagemill.spread import spread
 from imagemill.staging import Shape
+from imagemill.worker_state import Worker
 
 DEFAULT_MODEL = "tiny"
 

@@ -12,96 +12,10 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol
 
 from imagemill.backlog import Backlog, Bucket, Entry
-from imagemill.records import Batch
-
-SAVING_AT_MOST = 2
-"""Batches whose pictures a worker may still be saving when it takes the next: bounds what waits in its memory."""
-
-PROBE_AFTER = 3
-"""A worker that was lost this often in a row without a finished task takes tasks out of turn until one is done: it may have
-met bad ones that stand beside each other."""
-
-State: TypeAlias = Literal["absent", "waiting", "loading", "idle", "busy", "ending", "quarantined"]
-"""A worker: no process; a process that waits to load; loading; ready; at work; being killed; never used again."""
-
-
-@dataclass(slots=True)
-class Worker:
-    """What the scheduler knows of one worker. Times are monotonic seconds.
-
-    `batch` is on its device, `saving` are those that left it, or are about to, and whose pictures are being saved.
-    `secluded` says that the task it has is under suspicion and gets no company. `calling` is the one of `saving` whose last
-    steps are still to come, so that `batch` has not begun; `spoilt` says that a batch which has ended poisoned the device's
-    context for the others, `explained` that it had cost a worker before. `losses` are those in a row without a
-    finished task; of them, `unexplained` are those with a task that had cost no worker before, or with none.
-    """
-
-    id: int
-    device: str = ""
-    state: State = "absent"
-    resident: frozenset[str] = frozenset()
-    batch: Batch | None = None
-    saving: dict[int, Batch] = field(default_factory=dict)
-    secluded: bool = False
-    calling: int | None = None
-    spoilt: bool = False
-    explained: bool = False
-    deadline: float = 0.0
-    not_before: float = 0.0
-    ending: str = ""
-    completed: int = 0
-    losses: int = 0
-    unexplained: int = 0
-    failed_loads: int = 0
-    blame: int = 0
-    idle: float = 0.0
-    held: float = 0.0
-
-    @property
-    def live(self) -> bool:
-        """Ready for work or at work."""
-        return self.state in ("idle", "busy")
-
-    @property
-    def doubted(self) -> bool:
-        """Lost so often that others than the next tasks must show whether it is whole."""
-        return self.losses >= PROBE_AFTER
-
-    @property
-    def usable(self) -> bool:
-        """Can still come to work."""
-        return self.state != "quarantined"
-
-    @property
-    def has_room(self) -> bool:
-        """Could take a batch now."""
-        room = len(self.saving) < SAVING_AT_MOST and not (self.secluded and self.saving)
-        return self.state == "idle" and room
-
-    @property
-    def batches(self) -> list[Batch]:
-        """All it has, in the order it got them."""
-        return [*self.saving.values(), *([self.batch] if self.batch else [])]
-
-    @property
-    def holds(self) -> frozenset[str]:
-        """What it has resident, or will have once its batch has ended."""
-        return frozenset(self.batch.needs) if self.batch else self.resident
-
-    def is_gone(self) -> None:
-        """Its process has ended; one that is out for good stays so."""
-        self.batch, self.resident, self.ending = None, frozenset(), ""
-        self.saving, self.secluded, self.calling = {}, False, None
-        self.spoilt = self.explained = False
-        if self.state != "quarantined":
-            self.state = "absent"
-
-    def match(self, needs: Sequence[str]) -> tuple[bool, ...]:
-        """Which needs it satisfies, dearest first; tuples compare so that a dearer need always decides."""
-        return tuple(need in self.resident for need in needs)
+from imagemill.worker_state import Worker
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from imagemill.backlog import Backlog, Bucket, Entry
-from imagemill.policies import Board, Lockstep, Policy, Worker, create
+from imagemill.policies import Board, Lockstep, Policy, create
 from imagemill.records import (
     Batch,
     BatchEnded,
@@ -38,6 +38,7 @@ from imagemill.records import (
     WorkerReady,
 )
 from imagemill.retry import LOSS, backoff, blames_device, decide
+from imagemill.worker_state import Worker, fresh
 
 LOSSES_AT_MOST = 20
 """A worker that was lost this often in a row without one finished task is not started again. What a task costs that has
@@ -93,7 +94,7 @@ class Scheduler:
         self.limits = limits or Limits()
         self.policy: Policy = create(policy, lead, list(workers))
         self.board = Board(
-            workers={number: _fresh(number, device, (crew or {}).get(number)) for number, device in workers.items()},
+            workers={number: fresh(number, device, (crew or {}).get(number)) for number, device in workers.items()},
             backlog=Backlog(),
             batch_limit=self._batch_limit,
             patience=READ_AHEADS * self.limits.read_ahead,
@@ -142,7 +143,7 @@ class Scheduler:
     def wake_at(self) -> float | None:
         """When a `Tick` will change something; None if only an event can. Never before the last event."""
         clock, workers = self._clock or 0.0, self.board.workers.values()
-        moments = [max(clock, worker.deadline) for worker in workers if _watched(worker)]
+        moments = [max(clock, worker.deadline) for worker in workers if worker.watched]
         starts = [worker.not_before for worker in workers if worker.state == "absent"]
         moments += [moment for moment in (*starts, *self.board.backlog.retry_times()) if moment > clock]
         return min((moment for moment in moments if moment < float("inf")), default=None)
@@ -172,12 +173,13 @@ class Scheduler:
                 self.policy.arrived(entries)
             case SourceEnded():
                 self.board.source_ended = True
-            case WorkerReady(number, resident):
-                self._on_ready(self.board.workers[number], resident)
+            case WorkerReady():
+                self._on_ready(event)
             case WorkerBeat(number):
                 self._extend(self.board.workers[number], now)
-            case BatchMade():
-                self._on_batch_made(event, now)
+            case BatchMade(number):
+                if self.board.workers[number].has_made(event):
+                    self._extend(self.board.workers[number], now)
             case BatchEnded():
                 commands += self._on_batch_ended(event, now)
             case WorkerLost():
@@ -193,20 +195,19 @@ class Scheduler:
     def _take_note(self, event: Event) -> None:
         """After the end: no decisions, but the workers' state goes on to the next run."""
         match event:
-            case WorkerReady(number, resident):
-                self._on_ready(self.board.workers[number], resident)
-            case BatchMade():
-                self._on_batch_made(event, self._clock or 0.0)
-            case BatchEnded():
-                self._take_back(event)
+            case WorkerReady():
+                self._on_ready(event)
+            case BatchMade(number):
+                self.board.workers[number].has_made(event)
+            case BatchEnded(number):
+                self.board.workers[number].gives_back(event)
             case WorkerLost(number):
                 self.board.workers[number].is_gone()
 
-    def _on_ready(self, worker: Worker, resident: frozenset[str]) -> None:
-        if worker.state == "loading" and not worker.ending:
-            worker.state, worker.resident, worker.failed_loads = "idle", resident, 0
-            live = [other.completed for other in self.board.workers.values() if other.live and other is not worker]
-            worker.completed = min(live, default=0)
+    def _on_ready(self, event: WorkerReady) -> None:
+        workers = self.board.workers
+        live = (other.completed for other in workers.values() if other.live)
+        workers[event.worker].is_ready(event.resident, min(live, default=0))
 
     def _extend(self, worker: Worker, now: float) -> None:
         if worker.state == "loading" and not worker.ending:
@@ -214,35 +215,9 @@ class Scheduler:
         elif worker.live and worker.batches:
             worker.deadline = now + self.limits.task_timeout
 
-    def _on_batch_made(self, event: BatchMade, now: float) -> None:
-        worker = self.board.workers[event.worker]
-        batch = worker.batch
-        if batch is not None and batch.id == event.batch and worker.state == "busy":
-            worker.batch, worker.state, worker.resident = None, "idle", event.resident
-            worker.saving[batch.id] = batch
-            worker.calling = None if event.made else batch.id
-            self._extend(worker, now)
-        elif event.made and event.batch == worker.calling:
-            worker.calling = None
-            self._extend(worker, now)
-
-    def _take_back(self, event: BatchEnded) -> Batch | None:
-        """The ended batch, which its worker has no more; None when that is no news."""
-        worker = self.board.workers[event.worker]
-        if not worker.live:
-            return None
-        if event.batch == worker.calling:
-            worker.calling = None
-        if event.batch in worker.saving:
-            return worker.saving.pop(event.batch)
-        batch = worker.batch
-        if batch is None or batch.id != event.batch:
-            return None
-        worker.batch, worker.state, worker.resident = None, "idle", event.resident
-        return batch
-
     def _on_batch_ended(self, event: BatchEnded, now: float) -> list[Command]:
-        worker, batch = self.board.workers[event.worker], self._take_back(event)
+        worker = self.board.workers[event.worker]
+        batch = worker.gives_back(event)
         if batch is None:
             return []
         self._extend(worker, now)
@@ -311,7 +286,7 @@ class Scheduler:
     def _on_lost(self, event: WorkerLost, now: float) -> list[Command]:
         worker = self.board.workers[event.worker]
         batches, waiting = worker.batches, worker.batch if worker.calling is not None else None
-        if worker.state in ("absent", "quarantined") and not batches:
+        if not worker.present and not batches:
             return []
         loading = worker.state in ("waiting", "loading")
         event = self.explained(event)
@@ -344,7 +319,7 @@ class Scheduler:
         return any(one.kind in LOSS for entry in entries for one in entry.tries)
 
     def _overdue(self, now: float) -> list[Command]:
-        late = [worker for worker in self.board.workers.values() if _watched(worker) and now >= worker.deadline]
+        late = [worker for worker in self.board.workers.values() if worker.watched and now >= worker.deadline]
         return [
             self._kill(
                 worker,
@@ -354,23 +329,20 @@ class Scheduler:
         ]
 
     def _kill(self, worker: Worker, reason: str) -> Kill:
-        worker.ending = reason
-        # A worker lost while loading counts as a failed load, so it keeps that state until its end is known.
-        worker.state = "loading" if worker.state == "loading" else "ending"
-        worker.deadline = float("inf")
+        worker.is_killed(reason)
         return Kill(worker.id, reason)
 
     def _quarantine(self, worker: Worker, reason: str) -> list[Command]:
         if not any(other.usable for other in self.board.workers.values() if other is not worker) and worker.live:
             return []
-        process = worker.state not in ("absent", "quarantined")
+        process = worker.present
         worker.state, worker.ending = "quarantined", reason
         self._last_loss = f"worker {worker.id} ({worker.device}) is out: {reason}"
         return [Kill(worker.id, reason)] if process else []
 
     def _cancel(self) -> list[Command]:
-        present = [worker for worker in self.board.workers.values() if worker.state not in ("absent", "quarantined")]
-        return [*(Kill(worker.id, "the run was stopped") for worker in present), *self._halt(Halt("cancelled"))]
+        present = [worker.id for worker in self.board.workers.values() if worker.present]
+        return [*(Kill(number, "the run was stopped") for number in present), *self._halt(Halt("cancelled"))]
 
     def _halt(self, halt: Halt) -> list[Command]:
         self._halted = True
@@ -483,26 +455,3 @@ class Scheduler:
             if worker.state == "idle" and not worker.saving:
                 worker.idle += passed
                 worker.held += passed if held else 0.0
-
-
-def _fresh(number: int, device: str, known: Worker | None) -> Worker:
-    """A worker at the start of a run: its state goes on, its counters begin anew."""
-    if known is None:
-        return Worker(number, device)
-    return replace(
-        known,
-        completed=0,
-        idle=0.0,
-        held=0.0,
-        batch=None,
-        saving={},
-        secluded=False,
-        calling=None,
-        spoilt=False,
-        explained=False,
-    )
-
-
-def _watched(worker: Worker) -> bool:
-    """Whether it must give a sign of life before its deadline."""
-    return worker.state in ("loading", "busy") or bool(worker.saving)

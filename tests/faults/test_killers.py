@@ -10,9 +10,9 @@ from random import Random
 import pytest
 
 from imagemill.backlog import spread
-from imagemill.policies import PROBE_AFTER
 from imagemill.records import Ticket
 from imagemill.schedule import LOSSES_AT_MOST, Limits, Scheduler
+from imagemill.worker_state import PROBE_AFTER
 from world import Faults, World
 
 COUNT = 80

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from imagemill.policies import SAVING_AT_MOST
 from imagemill.records import (
     Batch,
     BatchEnded,
@@ -39,6 +38,7 @@ from imagemill.records import (
     WorkerReady,
 )
 from imagemill.schedule import Limits, Scheduler
+from imagemill.worker_state import SAVING_AT_MOST
 
 MOST_TURNS = 20_000
 """A world that takes longer than this runs in a circle."""

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import pytest
 
 from imagemill.backlog import Backlog, Entry
-from imagemill.policies import Board, Dynamic, Lockstep, Policy, Static, Window, Worker, create
+from imagemill.policies import Board, Dynamic, Lockstep, Policy, Static, Window, create
 from imagemill.records import Batch, Ticket
+from imagemill.worker_state import Worker
 
 
 def board(workers: int, *, limit: int = 1, patience: int = 100, ended: bool = True) -> Board:

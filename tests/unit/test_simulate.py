@@ -129,5 +129,5 @@ def test_a_run_needs_a_worker() -> None:
 def test_the_simulation_imports_the_pure_core_only() -> None:
     code = "import sys, imagemill.simulate; print(*(name for name in sys.modules if name.startswith('imagemill.')))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    core = {"records", "errors", "schedule", "policies", "backlog", "retry", "simulate", "version"}
+    core = {"records", "errors", "schedule", "worker_state", "policies", "backlog", "retry", "simulate", "version"}
     assert {name.removeprefix("imagemill.") for name in ended.stdout.split()} <= core
