@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,12 @@ from imagemill.engine import Engine
 from imagemill.errors import InputError
 from imagemill.sitting import RunOptions
 
+NUMBERS = ".imagemill.next"
+"""The file of an output folder with the first number that no picture without an `output_path` has been given yet."""
+
+NUMBERED = re.compile(r"\d{6,9}")
+"""What is left of such a picture's name without its suffix."""
+
 
 class MultiGPUImageGenerator:
     """Makes pictures for lists of dicts on several GPUs; the workers stay loaded until the block is left.
@@ -22,7 +30,7 @@ class MultiGPUImageGenerator:
 
     `num_gpus` counts GPUs, `gpu_ids` names them; with neither, every GPU that holds the model is used, and the CPU where
     there is none. Other keywords are those of `Engine` (`model`, `steps`, `size`, `guidance`, `schedule`, …).
-    Pictures whose dict names no `output_path` go to `output_dir`.
+    Pictures whose dict names no `output_path` go to `output_dir`, under numbers that no other call and no other process takes.
     """
 
     def __init__(
@@ -35,7 +43,6 @@ class MultiGPUImageGenerator:
     ) -> None:
         self.output_dir = Path(output_dir).absolute()
         settings.setdefault("log_folder", str(self.output_dir / "logs"))
-        self._made = 0
         self._engine = Engine(gpus=num_gpus, gpu_ids=gpu_ids, **settings)
 
     def __enter__(self) -> MultiGPUImageGenerator:
@@ -55,7 +62,8 @@ class MultiGPUImageGenerator:
 
         A task takes `prompt`, `lora_path`, `lora_strength`, `seed`, `output_path` (absolute, or relative to the current
         folder) and any other field of a task. A result has `task_id`, `success`, `output_path` (None on failure),
-        `elapsed` seconds and `error` (None on success). Files that stand at an output path are replaced.
+        `elapsed` seconds and `error` (None on success). Files that stand at a given output path are replaced, but never one
+        that the tasks read.
         Raises `InputError` when a dict cannot be used, with its number in the list, from 1; then nothing was started.
         """
         if not tasks:
@@ -67,8 +75,9 @@ class MultiGPUImageGenerator:
                 raise InputError(
                     f"task {number + 1}: num_images: generate_batch gives one result a task; give one dict a picture"
                 )
-        places = [self._place(task, number) for number, task in enumerate(tasks, self._made)]
-        self._made += len(tasks)
+        unnamed = any(task.get("output_path") is None for task in tasks)
+        first = take_numbers(self.output_dir, len(tasks)) if unnamed else 0
+        places = [self._place(task, number) for number, task in enumerate(tasks, first)]
         root = Path(os.path.commonpath([place.parent for place in places]))
         rows = [
             {
@@ -100,3 +109,27 @@ class MultiGPUImageGenerator:
             return self.output_dir / f"{number:06d}{suffix}"
         place = Path(os.path.abspath(os.path.expanduser(str(given))))
         return place if place.suffix else place.with_name(place.name + suffix)
+
+
+def take_numbers(folder: Path, count: int) -> int:
+    """The first of `count` numbers in a row that are above those of all files in the folder and that nobody else gets.
+
+    The next free one stands in a file of the folder, which is locked meanwhile. Raises `InputError` when the folder cannot
+    be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / NUMBERS, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written to: {error.strerror}; give another output_dir") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        known = os.read(handle, 32).strip()
+        used = (int(name.stem) for name in folder.iterdir() if NUMBERED.fullmatch(name.stem))
+        first = max(int(known) if known.isdigit() else 0, max(used, default=-1) + 1)
+        os.pwrite(handle, f"{first + count}\n".encode(), 0)
+        return first
+    except OSError as error:
+        raise InputError(f"{folder / NUMBERS}: {error.strerror}; mend that, or give another output_dir") from error
+    finally:
+        os.close(handle)

@@ -6,6 +6,7 @@ bad row, a changed task or a damaged ledger stops before.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,7 +80,8 @@ class Models:
 class Intake:
     """Takes rows into the ledger's staging area.
 
-    `overwrite` lets a new task replace a file that no run of the folder made. With `dry` no picture that is fetched is kept.
+    `overwrite` lets a new task replace a file that no run of the folder made, though none that a task reads. With `dry` no
+    picture that is fetched is kept.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Intake:
     ) -> None:
         self.models = models
         self._overwrite = overwrite
+        self._sources: set[str] = set()
         self._downloads = Downloads(folder.path / FOLDER, keep=not dry) if settings.allow_urls else None
         self.folder = folder
         self._ledger = ledger
@@ -208,6 +211,7 @@ class Intake:
     def _picture(self, path: str) -> ImageFile:
         """The picture of that path or address. Raises `InputError`."""
         if not is_web_address(path):
+            self._reads(path)
             return self.inputs.image(path)
         if self._downloads is None:
             raise InputError(
@@ -218,10 +222,16 @@ class Intake:
         self.inputs.remember(picture)
         return picture
 
+    def _reads(self, path: str) -> None:
+        """Remember a file that a task reads, where pictures could take its place."""
+        if self._overwrite:
+            self._sources.add(os.path.realpath(path))
+
     def _with_digests(self, task: Task, found: list[Problem]) -> Task:
         loras = list(task.loras)
         for number, lora in enumerate(loras):
             with _as_problem(found, f"loras[{number}].path"):
+                self._reads(lora.path)
                 loras[number] = replace(lora, digest=self.inputs.lora(lora.path).digest)
         return replace(task, loras=tuple(loras)) if loras else task
 
@@ -279,13 +289,16 @@ class Intake:
 
     def _foreign_files(self) -> list[tuple[str, str]]:
         """New tasks at whose place a file stands that no run of this folder made, which would be overwritten: path, message."""
-        if self._overwrite or not self._keeps_files:
+        if not self._keeps_files:
             return []
-        return [
-            (path, f"{place}: output_path {path!r}: a file that is no picture of this folder's runs stands there")
-            for place, path in self._ledger.staging.new()
-            if self.folder.occupied(path)
-        ]
+        new = self._ledger.staging.new()
+        if self._overwrite:
+            why = "is one of the files that the tasks read"
+            taken = [(place, path) for place, path in new if os.path.realpath(self.folder.path / path) in self._sources]
+        else:
+            why = "a file that is no picture of this folder's runs stands there"
+            taken = [(place, path) for place, path in new if self.folder.occupied(path)]
+        return [(path, f"{place}: output_path {path!r}: {why}") for place, path in taken]
 
     def damaged(self) -> list[str]:
         """The ids of staged tasks the folder holds as done whose pictures are gone, altered, or were never kept."""

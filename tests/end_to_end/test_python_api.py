@@ -10,14 +10,17 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import imagemill
 from imagemill import Engine, InputError, MultiGPUImageGenerator, Outcome, RunOptions, Task
+from imagemill.generator import take_numbers
 
 READ_AHEAD = 16
 Descendants = Callable[[], set[int]]
@@ -398,6 +401,36 @@ def test_generate_batch_tells_a_failure_in_its_dict_and_does_the_others(here: Pa
         assert result["error"].startswith(kind)
         assert isinstance(result["elapsed"], float)
     assert sorted(path.name for path in here.glob("*.png")) == ["a.png", "d.png"]
+
+
+def test_pictures_without_a_path_take_numbers_that_nobody_has(here: Path) -> None:
+    first, second = generator(workers=1), generator(workers=1)
+    with first, second:
+        makers = (first, second, first)
+        made = [maker.generate_batch([{"prompt": "an owl"}, {"prompt": "a boat"}]) for maker in makers]
+    (here / "outputs" / "000041.png").write_bytes(b"somebody else's")
+    with generator(workers=1) as third:
+        made.append(third.generate_batch([{"prompt": "a cat"}]))
+    names = [Path(result["output_path"]).name for results in made for result in results]
+    assert names == [f"{number:06d}.png" for number in (*range(6), 42)]
+    assert (here / "outputs" / "000041.png").read_bytes() == b"somebody else's"
+
+
+def test_numbers_are_taken_by_many_threads_without_a_gap_or_a_double(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(lambda count: (take_numbers(tmp_path / "new", count), count), [1, 2, 3] * 20))
+    assert sorted(number for first, count in taken for number in range(first, first + count)) == list(range(120))
+    with pytest.raises(InputError, match=r"cannot be written to.*give another output_dir"):
+        take_numbers(tmp_path / "new" / ".imagemill.next", 1)
+
+
+def test_generate_batch_never_replaces_what_its_tasks_read(here: Path) -> None:
+    source = here / "photo.png"
+    Image.new("RGB", (64, 64), "red").save(source)
+    before = source.read_bytes()
+    with generator() as made, pytest.raises(InputError, match=r"photo\.png.*one of the files that the tasks read"):
+        made.generate_batch([{"prompt": "bluer", "image": str(source), "output_path": "photo.png"}])
+    assert source.read_bytes() == before
 
 
 def test_generate_batch_replaces_files_and_leaves_nothing_else_behind(here: Path) -> None:
