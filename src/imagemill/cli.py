@@ -330,15 +330,23 @@ def _command() -> None:
             print("give --rerun-changed to make them again, or another --out to keep both", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            print(f"imagemill: {error.filename}: {error.strerror}; give a shorter one", file=sys.stderr)
-            sys.exit(2)
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
-            raise
-        print(f"imagemill: {error}; raise the limit of open files (ulimit -n)", file=sys.stderr)
-        sys.exit(1)
+        code, message = _told(error)
+        print(f"imagemill: {message}", file=sys.stderr)
+        sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _told(error: OSError) -> tuple[int, str]:
+    """Exit code and line for an error of the system that is no defect; raises any other again."""
+    if error.errno == errno.ENAMETOOLONG:
+        return 2, f"{error.filename}: {error.strerror}; give a shorter one"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return 1, f"{error}; raise the limit of open files (ulimit -n)"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) and error.filename is None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print would fail again at the end
+        return 1, f"what it prints cannot be written: {error.strerror}; make room there, or print elsewhere"
+    raise error
 
 
 if __name__ == "__main__":
