@@ -63,6 +63,9 @@ if TYPE_CHECKING:
     from imagemill.config import Settings
     from imagemill.sitting import RunOptions, RunReport
 
+LONGEST = 200
+"""Characters of a failure's reason that the last words of a run show."""
+
 app = typer.Typer(
     name="imagemill",
     help="Run any number of diffusion tasks over every GPU: each picture exactly once, resumable.",
@@ -294,10 +297,20 @@ def summary(report: RunReport) -> str:
         lines.append(f"... and {len(report.skipped) - 20} more skipped; the report names them")
     lines += [f"left out: {line}" for line in report.left_out]
     if report.failed:
-        lines.append(f"{report.failed} failed; the report says why, --retry-failed tries them again")
+        lines.append(f"{_failures(report)}; the report tells of each, --retry-failed tries them again")
     if report.pending:
-        lines.append(f"{report.pending} not reached; the same command goes on")
+        on = "" if report.status == "bad_model" else "; the same command goes on"
+        lines.append(f"{report.pending} not reached{on}")
     return "\n".join(lines)
+
+
+def _failures(report: RunReport) -> str:
+    """How many tasks failed, and of what most of them."""
+    from imagemill.report.figures import cut
+
+    reason, count = report.usual_failure
+    most = "" if count == report.failed else f", {count} of them"
+    return f"{report.failed} failed{most}: {cut(' '.join(reason.split()), LONGEST)}"
 
 
 def main() -> None:
@@ -322,12 +335,14 @@ def _command() -> None:
     except OutputError as error:
         print(f"imagemill: {error}; what is done is kept: mend that, and the same command goes on", file=sys.stderr)
         sys.exit(error.exit_code)
+    except ChangedTasksError as error:
+        mend = "give --rerun-changed to make them again, or another --out to keep both"
+        print(
+            "\n".join([f"imagemill: {error.what}", *(f"  {line}" for line in error.differences), mend]), file=sys.stderr
+        )
+        sys.exit(error.exit_code)
     except ImagemillError as error:
         print(f"imagemill: {error}", file=sys.stderr)
-        if isinstance(error, ChangedTasksError):
-            for line in error.differences:
-                print(f"  {line}", file=sys.stderr)
-            print("give --rerun-changed to make them again, or another --out to keep both", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         code, message = _told(error)

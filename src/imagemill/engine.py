@@ -17,7 +17,7 @@ from typing import Any
 
 from imagemill import progress, sources
 from imagemill.config import Settings, settings_from
-from imagemill.errors import InputError
+from imagemill.errors import ConfigError, InputError
 from imagemill.loop import Run
 from imagemill.progress import Progress
 from imagemill.records import Outcome, Task
@@ -51,6 +51,8 @@ class Engine:
         keep: bool = True,
         **settings: Any,
     ) -> None:
+        if gpu_ids is not None and not len(gpu_ids):
+            raise ConfigError("gpu_ids: names no GPU; leave it out (None) to use every GPU that holds the model")
         given = {"model": model, "gpus": gpus, "gpu_ids": gpu_ids, "workers": workers, "device": device}
         self.settings = settings_from(config, {**given, "isolate": isolate, "schedule": schedule, **settings})
         self._progress = show or progress.Silent()
@@ -144,11 +146,13 @@ class Engine:
         stream.close()
 
     def default_folder(self, source: object) -> Path:
-        """Where pictures go when nobody said: the configured folder, else `outputs/` and the source's name."""
+        """Where pictures go when nobody said: the configured folder, else one of `outputs/` named after the file; `stdin` for
+        standard input, `python` for what is no file."""
         if "folder" in self.settings.output.model_fields_set:
             return Path(self.settings.output.folder)
-        stem = Path(source).stem if isinstance(source, (str, os.PathLike)) and str(source) != "-" else ""
-        return Path("outputs") / stem
+        if not isinstance(source, (str, os.PathLike)):
+            return Path("outputs", "python")
+        return Path("outputs", "stdin" if str(source) == "-" else Path(source).stem)
 
     def _rows(self, source: Any, options: RunOptions, folder: Path) -> Iterator[sources.Row]:
         if isinstance(source, (str, os.PathLike)):

@@ -59,12 +59,16 @@ class ConfigError(InputError):
 
 
 class ChangedTasksError(InputError):
-    """Tasks that an earlier run of this folder knew under the same ids, but with other content."""
+    """Tasks that an earlier run of this folder knew under the same ids, but with other content. `differences` are a line for
+    each of the first of `total` tasks."""
 
     def __init__(self, differences: Sequence[str], total: int) -> None:
         self.differences = tuple(differences)
         self.total = total
-        super().__init__(f"{total} tasks changed under ids this folder already knows")
+        self.what = f"{total} task{'s' if total > 1 else ''} changed under ids this folder already knows"
+        lines = [self.what, *(f"  {line}" for line in self.differences)]
+        lines.append("give rerun_changed=True to make them again, or another out to keep both")
+        super().__init__("\n".join(lines))
 
 
 class FolderInUseError(InputError):

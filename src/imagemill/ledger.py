@@ -225,6 +225,15 @@ class Ledger:
         """Tasks of the current run by state."""
         return dict(self._db.execute("SELECT state, count(*) FROM tasks WHERE run = ? GROUP BY state", (self.run,)))
 
+    def usual_failure(self) -> tuple[str, int]:
+        """The kind and message that most failed tasks of the current run have, and how many; nothing and 0 without any."""
+        row = self._db.execute(
+            "SELECT kind || ': ' || message, count(*) FROM tasks WHERE run = ? AND state = 'failed' "
+            "GROUP BY kind, message ORDER BY count(*) DESC, min(position) LIMIT 1",
+            (self.run,),
+        ).fetchone()
+        return row or ("", 0)
+
     def open_folders(self) -> set[str]:
         """The folders of tasks that are not settled, in which a run that died may have left temporary files."""
         return {

@@ -64,7 +64,8 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """What became of a run. `resumed` of the `done` were made by earlier runs; `pending` were not reached."""
+    """What became of a run. `resumed` of the `done` were made by earlier runs; `pending` were not reached. `usual_failure` is
+    the reason of most failures, and of how many."""
 
     folder: Path
     done: int
@@ -77,6 +78,7 @@ class RunReport:
     message: str = ""
     exit_code: int = 0
     left_out: tuple[str, ...] = ()
+    usual_failure: tuple[str, int] = ("", 0)
 
 
 @dataclass(slots=True)
@@ -282,6 +284,7 @@ class Sitting:
             message=message,
             exit_code=0 if status == "done" and not failed and not pending else 1,
             left_out=self._roster.crew.choice.left_out if self._roster.crew else (),
+            usual_failure=books.ledger.usual_failure() if failed else ("", 0),
         )
 
     def _tuning(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from tiny_model import LONG, SPEC, by_whole_call, no_beat, picture, pixels, plan
 from torch._dynamo.utils import counters
 
 from imagemill import plan
+from imagemill.config.values import ATTENTION
 from imagemill.errors import BadModel, BadTask, OutOfMemory, WorkerGone
 from imagemill.families import family
 from imagemill.guidance import guidance
@@ -575,3 +576,7 @@ def test_made_up_tasks_take_one_step_with_the_familys_own_guidance() -> None:
     assert (task.width, task.height, task.steps, task.true_cfg_scale) == (64, 32, 1, 4.0)
     assert (task.prompt, task.negative_prompt, len(task.images)) == ("picture picture", " ", 1)
     assert [one.size for one in warm_up.blank_pictures(task, family("qwen_edit"))] == [(64, 32)]
+
+
+def test_the_names_that_settings_take_are_those_of_diffusers() -> None:
+    assert set(ATTENTION) == set(attention.names())

@@ -238,6 +238,9 @@ def test_standard_input_is_named_too(place: Workplace) -> None:
 # --- options ----------------------------------------------------------------------------------------------------------
 
 OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    (("--attention", "flsh"), ("--attention", "'flsh'", "did you mean flash?")),
+    (("--attention", "foo"), ("--attention", "'foo'", "write auto, or one of native")),
+    (("--attention", "flash_hub"), ("--attention", "code from the network")),
     (("--schedule", "fastest"), ("--schedule", "'fastest'", "dynamic, static, lockstep, window:K")),
     (("--schedule", "window:0"), ("--schedule", "'window:0'", "K from 1")),
     (("--size", "big"), ("--size", "'big'", "1024x1024")),

@@ -435,6 +435,14 @@ BAD: tuple[tuple[Sequence[str], str], ...] = (
     (("eval", "missing.yaml"), "there is no such file"),
     (("eval", "bad.yaml"), "bad.yaml: judges: is not a known key; did you mean judge?"),
     (("eval", "broken.jsonl", "--edit-model", "fake", "--judge", "fake"), "broken.jsonl, line 2: "),
+    (
+        ("eval", "items.jsonl", "--edit-model", "tiny", "--judge", "fake"),
+        "edit.model: 'tiny' edits no pictures; name one that",
+    ),
+    (
+        ("eval", "items.jsonl", "--edit-model", "tiny", "--judge", "fake", "--dry-run"),
+        "edit.model: 'tiny' edits no pictures",
+    ),
 )
 
 
@@ -461,12 +469,14 @@ def test_a_mistake_is_one_line_and_starts_nothing(number: int, refusals: list[En
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
 def test_items_that_make_no_task_are_named_with_a_mend_that_eval_has(more: Sequence[str], place: Workplace) -> None:
     bench(place, 2)
-    command = ("eval", "items.jsonl", "--edit-model", "tiny", "--judge", "fake", "--device", "cpu", "--out", "out")
+    rows = [json.loads(line) for line in (place.folder / "items.jsonl").read_text().splitlines()]
+    place.tasks([row | {"instruction": f"make it {row['id']}\0"} for row in rows], "items.jsonl")
+    command = ("eval", "items.jsonl", "--edit-model", "fake", "--judge", "fake", "--device", "cpu", "--out", "out")
     ended = place(*command, *more)
     assert ended.code == 2, ended.text
     first, second, hint = ended.err.splitlines()
-    assert "item e0: images: the model 'tiny' (family z_image) does not take it; name one that edits" in first
-    assert second.startswith("item e1: images: ")
+    assert "item e0: prompt: contains a NUL character; remove it" in first
+    assert second.startswith("item e1: prompt: ")
     assert hint == "nothing was started; mend the items, or choose others (--categories)"
 
 

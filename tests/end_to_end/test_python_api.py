@@ -354,6 +354,18 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_no_gpu_is_not_every_gpu() -> None:
+    for make in (Engine, MultiGPUImageGenerator):
+        with pytest.raises(InputError, match="gpu_ids: names no GPU; leave it out"):
+            make(gpu_ids=[])
+
+
+def test_without_a_name_pictures_go_to_a_folder_of_their_own() -> None:
+    with fake_engine() as engine:
+        folders = [str(engine.default_folder(source)) for source in ("birds.jsonl", "-", [{"prompt": "a"}], iter(()))]
+    assert folders == ["outputs/birds", "outputs/stdin", "outputs/python", "outputs/python"]
+
+
 def generator(**settings: Any) -> MultiGPUImageGenerator:
     return MultiGPUImageGenerator(**{"model": "fake", "device": "cpu", "workers": 2, **settings})
 

@@ -312,7 +312,7 @@ def test_exit_code_1_says_what_failed_and_keeps_the_rest(place: Workplace) -> No
     ended = place.fake("tasks.jsonl")
     assert ended.code == 1
     assert "1 done" in ended.out
-    assert "1 failed" in ended.out
+    assert "1 failed: bad_task: scripted: bad_task in attempt 1; the report tells of each" in ended.out
     assert "--retry-failed" in ended.out
     good, bad = place.results()
     assert (good["state"], good["path"]) == ("done", "good.png")

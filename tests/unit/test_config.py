@@ -153,7 +153,11 @@ def test_guidance_scale_is_another_name_of_guidance(tmp_path: Path) -> None:
         ),
         ("compile: maybe", "config.yaml: compile: 'maybe' is not one of auto, on, off"),
         ("precision: int4", "config.yaml: precision: 'int4' is not one of bf16, fp8"),
-        ("attention: 3", "config.yaml: attention: 3 is no attention back end; write auto, or a name such as native"),
+        (
+            "attention: 3",
+            "config.yaml: attention: 3 is no attention back end; write auto, or one of native, _native_cudnn",
+        ),
+        ("attention: flsh_3", "config.yaml: attention: 'flsh_3' is no attention back end; did you mean _flash_3?"),
         (
             "exact: true\nbatch_size: 4",
             "config.yaml: exact keeps batches of one, and batch_size is 4; keep one of them",

@@ -92,7 +92,12 @@ def test_many_bad_rows_are_told_one_a_line_with_how_many_more_there_are() -> Non
 def test_changed_tasks_keep_their_differences() -> None:
     error = ChangedTasksError(["cat: seed: 1 -> 2"], 3)
     assert (error.differences, error.total) == (("cat: seed: 1 -> 2",), 3)
-    assert str(error).startswith("3 tasks changed")
+    assert str(error).splitlines() == [
+        "3 tasks changed under ids this folder already knows",
+        "  cat: seed: 1 -> 2",
+        "give rerun_changed=True to make them again, or another out to keep both",
+    ]
+    assert str(ChangedTasksError(["cat: seed: 1 -> 2"], 1)).startswith("1 task changed")
 
 
 # --- classify ---------------------------------------------------------------------------------------------------------

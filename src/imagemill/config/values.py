@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
@@ -28,6 +29,14 @@ from imagemill.records import Lora
 _STRENGTH = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"\s*[+-]?(?:nan|inf|infinity)\s*", re.IGNORECASE)
 T = TypeVar("T")
+
+ATTENTION = (
+    "native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "_native_npu", "_native_xla",
+    "flash", "flash_varlen", "_flash_3", "_flash_varlen_3", "flex", "xformers",
+    "sage", "sage_varlen", "_sage_qk_int8_pv_fp8_cuda", "_sage_qk_int8_pv_fp8_cuda_sm90", "_sage_qk_int8_pv_fp16_cuda",
+    "_sage_qk_int8_pv_fp16_triton",
+)  # fmt: skip
+"""The attention back ends of diffusers that need no download; importing diffusers to ask it takes seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +154,13 @@ def _auto_or_count(value: Any, what: str, most: int) -> Any:
 
 def as_attention(value: Any) -> Any:
     """`auto`, or a name as diffusers gives its attention back ends."""
-    if isinstance(value, str) and re.fullmatch(r"[a-z_][a-z0-9_]*", value):
-        if value.endswith("_hub"):
-            raise ValueError(f"{shown(value)} is code from the network, which is not run; install the back end itself")
+    if value == "auto" or value in ATTENTION:
         return value
-    raise ValueError(f"{shown(value)} is no attention back end; write auto, or a name such as native or _flash_3")
+    if isinstance(value, str) and value.endswith("_hub"):
+        raise ValueError(f"{shown(value)} is code from the network, which is not run; install the back end itself")
+    close = difflib.get_close_matches(str(value), ATTENTION, n=1)
+    mend = f"did you mean {close[0]}?" if close else f"write auto, or one of {', '.join(ATTENTION)}"
+    raise ValueError(f"{shown(value)} is no attention back end; {mend}")
 
 
 def as_base_url(value: str) -> str:

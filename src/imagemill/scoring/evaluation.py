@@ -131,7 +131,7 @@ class Evaluation:
         check(items, judge)
         stages = stage_settings.editing(self.settings), stage_settings.judging(self.settings)
         # Both before the start: a judge that cannot be had is told before hours of editing.
-        editor, judged_by = (crew.find_models(stage).get(None).spec for stage in stages)
+        editor, judged_by = stage_settings.editor(stages[0]), crew.find_models(stages[1]).get(None).spec
         judges.check_endpoint(judged_by)
         edits = self._edit(items, stages[0], without_target(items, judge))
         if edits is None:

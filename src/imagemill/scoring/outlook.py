@@ -31,6 +31,7 @@ def outlook(settings: EvalSettings, options: RunOptions) -> str:
         parts = [_items(settings, items, gone)]
         if rows:
             editing = stage_settings.editing(settings)
+            stage_settings.editor(editing)
             read = sources.from_iterable(rows)
             try:
                 plan = forecast(settings.bench, Path(settings.out) / EDITS, editing, options, read)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from imagemill import devices
+from imagemill import crew, devices
 from imagemill.config import JudgeSettings, Settings, merge
+from imagemill.errors import ConfigError
 from imagemill.plan import DEFAULT_SEED
+from imagemill.records import ModelSpec
 from imagemill.scoring.settings import EvalSettings
 
 
@@ -36,6 +38,16 @@ def editing(settings: EvalSettings) -> Settings:
             "output.metadata": False,
         },
     )
+
+
+def editor(stage: Settings) -> ModelSpec:
+    """The model of the first stage. Raises `InputError` for one that is not known, or that edits no pictures."""
+    found = crew.find_models(stage).get(None)
+    if "images" not in found.planned.family.fields:
+        raise ConfigError(
+            f"edit.model: {stage.model!r} edits no pictures; name one that does (--edit-model; `imagemill models` lists them)"
+        )
+    return found.spec
 
 
 def judging(settings: EvalSettings) -> Settings:
