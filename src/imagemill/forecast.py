@@ -119,7 +119,7 @@ def forecast(
             schedule=str(settings.schedule),
             unit=judges.product((model.spec.name for model in used), "task"),
             tuned=tuned,
-            remarks=remarks(settings, used, shapes),
+            remarks=remarks(settings, used, shapes, intake.slips),
         )
     finally:
         ledger.staging.abandon()

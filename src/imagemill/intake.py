@@ -97,6 +97,7 @@ class Intake:
         self.models = models
         self._overwrite = overwrite
         self._sources: set[str] = set()
+        self.slips: dict[str, None] = {}
         self._downloads = Downloads(folder.path / FOLDER, keep=not dry) if settings.allow_urls else None
         self.folder = folder
         self._ledger = ledger
@@ -141,6 +142,7 @@ class Intake:
             admission.rows += 1
             before = admission.bad_rows
             found = list(row.problems)
+            self.slips.update(dict.fromkeys(row.slips))
             if row.task is not None and not found:
                 seq, found = self._stage_task(row.task, row, seq)
             if found:

@@ -6,15 +6,27 @@ from collections.abc import Iterable, Sequence
 
 from imagemill.config import Settings
 from imagemill.models import Model
+from imagemill.sources.columns import meant
 from imagemill.staging import Shape
 
 NAMED = 3
-"""How many of the sizes that a model was not trained at a line names."""
+"""How many of the sizes that a model was not trained at a line names, and how many columns have a line."""
 
 
-def remarks(settings: Settings, used: Sequence[Model], shapes: Iterable[Shape]) -> tuple[str, ...]:
-    """A line for each; `shapes` are those of the staged tasks."""
-    return (*untaken(settings, used), *untrained(used, shapes))
+def remarks(
+    settings: Settings, used: Sequence[Model], shapes: Iterable[Shape], slips: Iterable[str] = ()
+) -> tuple[str, ...]:
+    """A line for each; `shapes` are those of the staged tasks, `slips` their columns that are nearly known ones."""
+    return (*untaken(settings, used), *untrained(used, shapes), *unknown(slips))
+
+
+def unknown(slips: Iterable[str]) -> tuple[str, ...]:
+    """A line for each column that became metadata and is nearly a known one."""
+    named = list(slips)
+    lines = [
+        f"the column {name} is not known and becomes metadata; did you mean {meant(name)}?" for name in named[:NAMED]
+    ]
+    return (*lines, *([f"... and {len(named) - NAMED} more such columns"] if len(named) > NAMED else []))
 
 
 def untaken(settings: Settings, used: Sequence[Model]) -> tuple[str, ...]:

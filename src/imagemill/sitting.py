@@ -166,7 +166,7 @@ class Sitting:
         to_do = comparison.to_do(options.retry) + len(again)
         choice = self._roster.choose(books.models, to_do)
         shapes = tuple(ledger.staging.shapes()) if to_do else ()
-        for line in remarks(self._settings, books.models.used(), shapes) if to_do else ():
+        for line in remarks(self._settings, books.models.used(), shapes, intake.slips) if to_do else ():
             self._progress.note(line)
         tuned = self._roster.tune(books.models, choice, shapes, comparison.total)
         self._begin(books)

@@ -307,6 +307,18 @@ def test_isolate_and_more_workers_start_processes_but_never_more_than_tasks(
 # --- exit codes -------------------------------------------------------------------------------------------------------
 
 
+def test_columns_that_are_nearly_known_are_asked_about_once_and_named_as_given(place: Workplace) -> None:
+    (place.folder / "sub").mkdir()
+    rows = [{"prompt": "a", "stepps": 3, "category": "x"}, {"prompt": "b", "stepps": 4}]
+    place.write("sub/tasks.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    said = "the column stepps is not known and becomes metadata; did you mean steps?"
+    ended = place("run", "sub/tasks.jsonl", "--model", "fake", "--out", "out")
+    assert (ended.code, ended.err.count("is not known"), ended.err.count(said)) == (0, 1, 1)
+    assert said in place("plan", "sub/tasks.jsonl", "--model", "fake", "--out", "other").out
+    place.write("sub/bad.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n')
+    assert "imagemill: sub/bad.jsonl, line 2: prompt: 3 is not text" in place("plan", "sub/bad.jsonl").err
+
+
 def test_exit_code_1_says_what_failed_and_keeps_the_rest(place: Workplace) -> None:
     place.tasks([{"id": "good", "prompt": "a"}, {"id": "bad", "prompt": "b", "fake": {"fail": "bad_task"}}])
     ended = place.fake("tasks.jsonl")

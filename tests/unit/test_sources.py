@@ -106,7 +106,7 @@ def test_parti_prompts_are_1632_exact_rows(column: str | None) -> None:
     assert [t.prompt for t in tasks_of(rows)] == [cells[0] for cells in expected]
     assert [t.metadata["Note"] for t in tasks_of(rows)] == [cells[3] for cells in expected]
     assert [row.index for row in rows] == list(range(1632))
-    assert rows[0].place == "parti_prompts.tsv, line 2"
+    assert rows[0].place == f"{path}, line 2"
 
 
 @needs_data
@@ -142,13 +142,15 @@ def test_bom_crlf_and_empty_lines_are_no_matter(tmp_path: Path) -> None:
         assert [row.index for row in rows] == [0, 1], name
 
 
-def test_places_are_physical_lines_items_and_rows(tmp_path: Path) -> None:
-    assert [r.place for r in rows_of(tmp_path / "a.jsonl", '"a"\n\n"b"\n')] == ["a.jsonl, line 1", "a.jsonl, line 3"]
-    rows = rows_of(tmp_path / "a.csv", 'prompt,seed\n"a\nb",1\n\nc,2\n')
-    assert [r.place for r in rows] == ["a.csv, line 2", "a.csv, line 5"]
-    assert [r.place for r in rows_of(tmp_path / "a.json", '["a"]')] == ["a.json, item 1"]
-    pq.write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "a.parquet")
-    assert [r.place for r in open_source(tmp_path / "a.parquet")] == ["a.parquet, row 1", "a.parquet, row 2"]
+def test_places_are_physical_lines_items_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sub").mkdir()
+    assert [r.place for r in rows_of(Path("a.jsonl"), '"a"\n\n"b"\n')] == ["a.jsonl, line 1", "a.jsonl, line 3"]
+    rows = rows_of(Path("sub", "a.csv"), 'prompt,seed\n"a\nb",1\n\nc,2\n')
+    assert [r.place for r in rows] == ["sub/a.csv, line 2", "sub/a.csv, line 5"]
+    assert [r.place for r in rows_of(Path("a.json"), '["a"]')] == ["a.json, item 1"]
+    pq.write_table(pa.table({"prompt": ["a", "b"]}), "a.parquet")
+    assert [r.place for r in open_source("a.parquet")] == ["a.parquet, row 1", "a.parquet, row 2"]
     assert [r.place for r in open_source("-", stdin=io.BytesIO(b'\n"a"'))] == ["<stdin>, line 2"]
     assert [r.place for r in from_iterable(["a"])] == ["task 1"]
 
@@ -199,7 +201,7 @@ def test_quotes_that_do_not_fit_cost_one_csv_row(tmp_path: Path) -> None:
     assert bad.task is None
     assert bad.problems[0].field == "line"
     assert good.task is not None
-    assert good.place == "a.csv, line 3"
+    assert good.place == f"{tmp_path}/a.csv, line 3"
 
 
 def test_a_csv_quote_that_never_closes_is_named_by_its_row(tmp_path: Path) -> None:
@@ -300,6 +302,48 @@ def test_a_column_that_differs_from_prompt_in_case_only_is_taken_when_it_is_the_
     assert row_from_mapping({"Prompt": "a", "PROMPT": "b"}, 0, "x").task is None
     (chosen,) = tasks_of([row_from_mapping({"Prompt": "a", "prompt": "b"}, 0, "x")])
     assert (chosen.prompt, chosen.metadata) == ("b", {"Prompt": "a"})
+
+
+def test_the_case_of_a_column_does_not_matter_where_no_other_has_its_name(tmp_path: Path) -> None:
+    (made,) = tasks_of(rows_of(tmp_path / "a.csv", "Prompt,Seed,ID,Lora_Strength,LORA\na,3,z,0.5,b.safetensors\n"))
+    assert (made.prompt, made.seed, made.id, made.loras[0].strength, made.metadata) == ("a", 3, "z", 0.5, {})
+    (made,) = tasks_of([row_from_mapping({"prompt": "a", "seed": 1, "Seed": 2}, 0, "x")])
+    assert (made.seed, made.metadata) == (1, {"Seed": 2})
+    row = row_from_mapping({"prompt": "a", "Seed": 1, "SEED": 2}, 0, "x")
+    assert [(problem.field, problem.message) for problem in row.problems] == [
+        ("SEED", "means the same as Seed; keep one of them")
+    ]
+
+
+@pytest.mark.parametrize(
+    "column", ["stepps", "Step", "negativ_prompt", "hight", "seeds", "outputpath", "num_inference_step"]
+)
+def test_a_column_that_is_nearly_a_known_one_is_a_slip(column: str) -> None:
+    row = row_from_mapping({"prompt": "a", column: 3}, 0, "x")
+    assert (row.slips, row.problems) == ((column,), ())
+    assert row.task is not None
+    assert row.task.metadata == {column: 3}
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        "category",
+        "source",
+        "weight",
+        "tags",
+        "lang",
+        "text",
+        "note",
+        "title",
+        "index",
+        "height_cm",
+        "tweet_id",
+        "style",
+    ],
+)
+def test_other_columns_are_no_slips(column: str) -> None:
+    assert row_from_mapping({"prompt": "a", column: 3, "metadata": {"stepps": 1}}, 0, "x").slips == ()
 
 
 def test_with_a_prompt_column_the_column_prompt_is_metadata() -> None:
@@ -470,7 +514,7 @@ def test_a_cell_that_does_not_read_is_named_by_line_and_field(
     tmp_path: Path, column: str, cell: str, message: str
 ) -> None:
     (row,) = rows_of(tmp_path / "a.tsv", f"prompt\t{column}\na\t{cell}\n")
-    assert row.place == "a.tsv, line 2"
+    assert row.place == f"{tmp_path}/a.tsv, line 2"
     assert [found.field for found in row.problems] == [column]
     assert message in row.problems[0].message
 
@@ -542,7 +586,7 @@ def test_numbers_of_tweets_are_as_wide_as_the_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", [{}, {"image_generation": None}, tweet(" "), tweet(None)])
 def test_a_tweet_without_a_hint_is_skipped_by_its_place(tmp_path: Path, missing: dict[str, Any]) -> None:
     rows = rows_of(tmp_path / "t.json", batch([tweet("a"), missing, tweet("c")]))
-    assert rows[1] == Row(1, "t.json, tweet 2", None, skipped="tweet 2 has no image_generation.scene_hint")
+    assert rows[1] == Row(1, f"{tmp_path}/t.json, tweet 2", None, skipped="tweet 2 has no image_generation.scene_hint")
     assert rows[2].task is not None
     assert rows[2].task.id == "Harbour_Notes_03"
 

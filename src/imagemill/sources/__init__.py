@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from imagemill import source_image
 from imagemill.errors import BadTask, InputError
 from imagemill.records import Task
-from imagemill.sources.columns import FIELDS
+from imagemill.sources.columns import field_of
 from imagemill.sources.document import read_json
 from imagemill.sources.lines import opened, read_jsonl
 from imagemill.sources.rows import Row, bad_row, row_from_mapping
@@ -72,8 +72,8 @@ def from_iterable(tasks: Iterable[Task | Mapping[str, Any] | str], kept: Path | 
 def _on_disk(task: Mapping[str, Any], kept: Path | None) -> Mapping[str, Any]:
     """The task with files for its pictures from memory. Raises `BadTask` for one that cannot be kept."""
     found: dict[str, Any] = {}
-    for column in (name for name, field in FIELDS.items() if field == "images"):
-        value = task.get(column)
+    for column in (name for name in task if field_of(name, task) == "images"):
+        value = task[column]
         if value is None or isinstance(value, str | os.PathLike):
             continue
         from PIL.Image import Image
@@ -105,4 +105,4 @@ def _check(path: Path) -> None:
 
 def _read(path: Path, prompt_column: str | None) -> Iterator[Row]:
     with opened(path) as stream:
-        yield from READERS[path.suffix.lower()](stream, path.name, prompt_column, Path(os.path.abspath(path.parent)))
+        yield from READERS[path.suffix.lower()](stream, str(path), prompt_column, Path(os.path.abspath(path.parent)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from imagemill.errors import InputError
@@ -33,6 +35,25 @@ FIELDS = {
     "metadata": "metadata",
 }
 """Every column that is understood, and the field it stands for."""
+
+
+CLOSE = 0.82
+"""How like a known column an unknown one must be for it to be a slip, as difflib counts it."""
+
+
+def field_of(column: Any, columns: Mapping[str, Any] | Sequence[str]) -> str | None:
+    """The field that a column stands for, its case aside where no other column has the name itself; None for metadata."""
+    if column in FIELDS or not isinstance(column, str):
+        return FIELDS.get(column)
+    plain = column.lower()
+    return None if plain in columns else FIELDS.get(plain)
+
+
+@lru_cache(maxsize=4096)
+def meant(column: str) -> str:
+    """The known column that an unknown one nearly is, its first letter included; empty when it is like none."""
+    known = [name for name in FIELDS if name[:1] == column[:1].lower()]
+    return next(iter(difflib.get_close_matches(column.lower(), known, n=1, cutoff=CLOSE)), "")
 
 
 def listed(columns: Mapping[str, Any] | Sequence[str], limit: int = 20) -> str:

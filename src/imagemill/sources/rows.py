@@ -7,7 +7,7 @@ What imagemill does not know becomes metadata.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -21,7 +21,7 @@ from imagemill.errors import InputError
 from imagemill.inputs import is_path, lora_path, picture_path
 from imagemill.plan import MAX_PATH, Problem, is_unicode
 from imagemill.records import Lora, Task
-from imagemill.sources.columns import FIELDS, listed, prompt_column_of
+from imagemill.sources.columns import field_of, listed, meant, prompt_column_of
 from imagemill.sources.metadata import jsonable
 
 MAX_INTEGER = 2**63 - 1
@@ -31,7 +31,8 @@ MAX_INTEGER = 2**63 - 1
 class Row:
     """One data row of a source: a task, or the problems that make it none, or why it was skipped.
 
-    `index` counts the data rows from 0, bad and skipped ones too, so that seeds do not move. `place` is for people.
+    `index` counts the data rows from 0, bad and skipped ones too, so that seeds do not move. `place` is for people. `slips`
+    are columns that became metadata and are nearly known ones.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Row:
     task: Task | None
     problems: tuple[Problem, ...] = ()
     skipped: str = ""
+    slips: tuple[str, ...] = ()
 
 
 def bad_row(index: int, place: str, field: str, text: str) -> Row:
@@ -62,7 +64,7 @@ def row_from_mapping(
     columns = _Columns(data, prompt_column)
     problems, values = columns.problems, columns.values
     if "lora_path" in values or "lora_strength" in values:
-        _single_lora(data, values, problems)
+        _single_lora({field_of(key, data) for key in data}, values, problems)
     if "size" in values:
         _size(data, values, problems)
     metadata = _metadata(values.pop("metadata", None), columns.extra, problems)
@@ -76,7 +78,8 @@ def row_from_mapping(
     if form.prompt.isspace() or not form.prompt:
         problems.append(Problem(columns.prompt, "is empty; write one"))
     task = _task(form, index, metadata, base, problems)
-    return Row(index, place, None if problems else task, tuple(problems))
+    slips = tuple(name for name in columns.extra if isinstance(name, str) and name in metadata and meant(name))
+    return Row(index, place, None if problems else task, tuple(problems), slips=slips)
 
 
 # --- the outside form -------------------------------------------------------------------------------------------------
@@ -152,7 +155,7 @@ class _Columns:
         self._names: dict[str, str] = {}
         self.prompt = prompt_column or prompt_column_of(data)
         for key, value in data.items():
-            name = "prompt" if key == self.prompt else FIELDS.get(key)
+            name = "prompt" if key == self.prompt else field_of(key, data)
             if name is None or (name == "prompt" and key != self.prompt):
                 self.extra[key] = value
             elif value is not None:
@@ -179,7 +182,7 @@ class _Columns:
         return f"is missing; the columns here are {listed(data)}; name the one to read with --prompt-column"
 
 
-def _single_lora(data: Mapping[str, Any], values: dict[str, Any], problems: list[Problem]) -> None:
+def _single_lora(fields: Container[str | None], values: dict[str, Any], problems: list[Problem]) -> None:
     """`lora_path` and `lora_strength` as the one entry of `loras`; without a path the strength is that of the one adapter
     that `loras` names. An empty path takes its strength with it."""
     path, strength = values.pop("lora_path", None), values.pop("lora_strength", None)
@@ -188,7 +191,7 @@ def _single_lora(data: Mapping[str, Any], values: dict[str, Any], problems: list
             problems.append(Problem("lora_path", "means the same as loras; keep one of them"))
         else:
             values["loras"] = ({"path": path, "strength": 1.0 if strength is None else strength},)
-    elif "lora_path" not in data:
+    elif "lora_path" not in fields:
         try:
             values["loras"] = (_strengthened(values.get("loras"), strength),)
         except InputError as error:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from imagemill.errors import InputError
 from imagemill.plan import Problem
-from imagemill.sources.columns import FIELDS, table_prompt_column
+from imagemill.sources.columns import field_of, table_prompt_column
 from imagemill.sources.lines import lines, parse_json
 from imagemill.sources.rows import Row, bad_row, row_from_mapping
 
@@ -147,7 +147,7 @@ def _header(table: Cells, name: str, prompt_column: str | None) -> _Header | Non
     names = tuple(cell.strip().strip('"') or f"column_{number}" for number, cell in enumerate(cells, 1))
     _refuse_twice(names, place)
     prompt = table_prompt_column(names, prompt_column, place)
-    return _Header(names, prompt, tuple(None if column == prompt else _convert(column) for column in names))
+    return _Header(names, prompt, tuple(None if column == prompt else _convert(column, names) for column in names))
 
 
 def _refuse_twice(names: Sequence[str], place: str) -> None:
@@ -163,9 +163,9 @@ def _miscounted(cells: Sequence[str], names: Sequence[str]) -> str:
     return f"{text}; put quotes around cells that hold a separator"
 
 
-def _convert(column: str) -> Convert | None:
+def _convert(column: str, columns: Sequence[str]) -> Convert | None:
     """How the cells of a column are read; `None` leaves the text as it is, empty or not."""
-    field = FIELDS.get(column)
+    field = field_of(column, columns)
     if field is None or field in ("prompt", "metadata"):
         return None
     if field in ("width", "height", "steps", "seed", "num_images"):
