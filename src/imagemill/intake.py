@@ -259,6 +259,8 @@ class Intake:
     def _refuse_size(self) -> None:
         """Raises `ConfigError` for a size of the run that a model cannot make: no row is to blame for it."""
         width, height = self._defaults.width or 0, self._defaults.height or 0
+        if width * height > plan.MAX_PIXELS:
+            raise ConfigError(f"size: {width}x{height}: {plan.TOO_LARGE}")
         for model in self.models.used():
             unit, name = model.planned.family.multiple, model.planned.family.name
             if width % unit or height % unit:

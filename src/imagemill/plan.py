@@ -20,6 +20,7 @@ FORMATS = {"png": (".png",), "jpg": (".jpg", ".jpeg"), "webp": (".webp",)}
 """Picture formats and the suffixes of their files; the first is the one we give."""
 
 MAX_PIXELS = 8192 * 8192
+TOO_LARGE = f"is over the limit of {MAX_PIXELS:,} pixels (8192x8192); write a smaller size"
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_PROMPT = 100_000
@@ -238,7 +239,7 @@ def _number_problems(task: Task, family: Traits) -> list[Problem]:
                 Problem(name, f"is {size}; {family.name} takes multiples of {family.multiple}, such as {lower}")
             )
     if task.width and task.height and task.width * task.height > MAX_PIXELS:
-        found.append(Problem("width", f"{task.width}x{task.height} is over the limit of {MAX_PIXELS:,} pixels"))
+        found.append(Problem("width", f"{task.width}x{task.height}: {TOO_LARGE}"))
     if task.steps is None:
         found.append(Problem("steps", "is not known: neither task, run nor model names it; give --steps"))
     elif not 1 <= task.steps <= MAX_STEPS:

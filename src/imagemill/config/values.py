@@ -74,7 +74,7 @@ def _or_config_error(read: Callable[[str], T], text: str) -> T:
 
 
 def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"\s*([0-9]{1,6})\s*[xX\u00d7]\s*([0-9]{1,6})\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX\u00d7]\s*([0-9]{1,9})\s*", text)
     if not match or not int(match[1]) or not int(match[2]):
         raise ValueError(f"{shown(text)} is not a size; write WIDTHxHEIGHT, such as 1024x1024")
     return int(match[1]), int(match[2])
