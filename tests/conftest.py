@@ -1,8 +1,14 @@
-"""For every test: signals as a terminal has them."""
+"""For every test: signals as a terminal has them, and a folder in which the real command works."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from workplace import Workplace
 
 
 def pytest_configure() -> None:
@@ -11,3 +17,23 @@ def pytest_configure() -> None:
     for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, usual)
+
+
+def opened(folder: Path) -> Iterator[Workplace]:
+    """A workplace; what is left of its commands ends with it."""
+    made = Workplace(folder)
+    yield made
+    for started in made.started:
+        started.end()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Workplace]:
+    """An empty workplace."""
+    yield from opened(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    """A workplace for all tests of a file."""
+    yield from opened(tmp_path_factory.mktemp("shared"))

@@ -6,14 +6,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
+from command import Ended
 from imagemill import devices
-
-if TYPE_CHECKING:
-    from conftest import Ended, Workplace
+from workplace import Workplace
 
 GOOD = '{"prompt": "a"}\n'
 TOGETHER = 8

@@ -5,30 +5,17 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-if TYPE_CHECKING:
-    from conftest import Started, Workplace
-
-WORKERS = ("--workers", "2")
-GONE_WITHIN = 5.0
-"""Seconds after the driver's death in which its workers must be gone: part of the promise."""
+from command import WORKERS, kill_the_driver, until
+from workplace import Workplace, rows
 
 SEED = 20250711
 FOLDERS, KILLS = 5, 4
 COUNT = 40
-
-
-def rows(count: int = 8, delay: float = 0.0, **scripts: dict[str, Any]) -> list[dict[str, Any]]:
-    """`count` tasks t0, t1, …; `scripts` say what befalls some of them. No script changes a picture."""
-    return [
-        {"id": f"t{number}", "prompt": f"prompt {number}", "fake": {"delay": delay, **scripts.get(f"t{number}", {})}}
-        for number in range(count)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +33,11 @@ def first(count: int, golden: dict[str, str]) -> dict[str, str]:
 
 
 def test_a_worker_killed_from_outside_costs_only_its_own_batch_which_another_does(
-    place: Workplace, wait_until: Callable[..., Any], golden: dict[str, str]
+    place: Workplace, golden: dict[str, str]
 ) -> None:
     running = place.start_fake(place.tasks(rows(10, delay=1.0)), "out", *WORKERS, "--schedule", "lockstep")
     # In lockstep both start their next task when two pictures are there, and are a second long at it.
-    wait_until(lambda: len(list((place.folder / "out").glob("*.png"))) == 2)
+    until(lambda: len(list((place.folder / "out").glob("*.png"))) == 2)
     victim = running.children()[-1]
     os.kill(victim, signal.SIGKILL)
     ended = running.wait()
@@ -118,10 +105,10 @@ def test_a_slow_task_that_beats_is_not_taken_for_a_hang(place: Workplace) -> Non
     assert set(place.attempts().values()) == {1}
 
 
-def test_a_worker_that_is_stopped_is_ended_by_the_deadline(place: Workplace, wait_until: Callable[..., Any]) -> None:
+def test_a_worker_that_is_stopped_is_ended_by_the_deadline(place: Workplace) -> None:
     place.write("settings.yaml", "limits: {task_timeout: 2.0}\n")
     running = place.start_fake(place.tasks(rows(6, delay=0.5)), "out", *WORKERS, "--config", "settings.yaml")
-    wait_until(lambda: len(list((place.folder / "out").glob("*.png"))) >= 2)
+    until(lambda: len(list((place.folder / "out").glob("*.png"))) >= 2)
     os.kill(running.children()[0], signal.SIGSTOP)
     ended = running.wait()
     assert ended.code == 0, ended.text
@@ -155,17 +142,9 @@ def test_many_crashes_end_with_every_task_settled(place: Workplace, golden: dict
 # --- the driver -------------------------------------------------------------------------------------------------------
 
 
-def kill_the_driver(running: Started, wait_until: Callable[..., Any]) -> None:
-    """SIGKILL to the driver alone; its workers must then end by themselves."""
-    with suppress(ProcessLookupError):
-        os.kill(running.pid, signal.SIGKILL)
-    running.wait()
-    wait_until(lambda: not running.family(), GONE_WITHIN)
-
-
 @pytest.mark.parametrize("folder", range(FOLDERS))
 def test_the_driver_killed_at_random_moments_loses_nothing(
-    folder: int, place: Workplace, wait_until: Callable[..., Any], golden: dict[str, str]
+    folder: int, place: Workplace, golden: dict[str, str]
 ) -> None:
     """Twenty kills in all: five folders, four one after the other in each, with one and with two workers."""
     dice = random.Random(SEED + folder)
@@ -175,7 +154,7 @@ def test_the_driver_killed_at_random_moments_loses_nothing(
         running = place.start_fake("tasks.jsonl", "out", *crew)
         with suppress(Exception):
             running.process.wait(dice.uniform(0.2, 1.6))
-        kill_the_driver(running, wait_until)
+        kill_the_driver(running)
     place.tasks(rows(COUNT))
     ended = place.fake("tasks.jsonl", "out", *crew)
     assert ended.code == 0, ended.text
@@ -185,13 +164,11 @@ def test_the_driver_killed_at_random_moments_loses_nothing(
     assert place.leftovers() == []
 
 
-def test_what_was_done_before_the_driver_died_is_not_made_again(
-    place: Workplace, wait_until: Callable[..., Any], golden: dict[str, str]
-) -> None:
+def test_what_was_done_before_the_driver_died_is_not_made_again(place: Workplace, golden: dict[str, str]) -> None:
     running = place.start_fake(place.tasks(rows(12, delay=0.5)), "out", *WORKERS)
     done = "SELECT id FROM tasks WHERE state = 'done'"
-    wait_until(lambda: (place.folder / "out" / "logs").exists() and len(place.ledger(done)) >= 4)
-    kill_the_driver(running, wait_until)
+    until(lambda: (place.folder / "out" / "logs").exists() and len(place.ledger(done)) >= 4)
+    kill_the_driver(running)
     kept = {name for (name,) in place.ledger(done)}
     times = {name: (place.folder / "out" / f"{name}.png").stat().st_mtime_ns for name in kept}
     ended = place.fake(place.tasks(rows(12)), "out", *WORKERS)
@@ -201,14 +178,12 @@ def test_what_was_done_before_the_driver_died_is_not_made_again(
     assert place.pixels() == first(12, golden)
 
 
-def test_a_driver_that_is_gone_takes_a_hanging_and_a_loading_worker_with_it(
-    place: Workplace, wait_until: Callable[..., Any]
-) -> None:
+def test_a_driver_that_is_gone_takes_a_hanging_and_a_loading_worker_with_it(place: Workplace) -> None:
     load = '{"hang": true, "fail": "hang", "only": ["CPU 1"]}'
     place.tasks(rows(4, t0={"hang": "spin"}, t1={"hang": True}, t2={"hang": True}, t3={"hang": True}))
     running = place.start_fake("tasks.jsonl", "out", *WORKERS, IMAGEMILL_FAKE_LOAD=load)
-    wait_until(lambda: "loaded" in read(place, "worker-0.log") and len(running.children()) == 2)
-    kill_the_driver(running, wait_until)
+    until(lambda: "loaded" in read(place, "worker-0.log") and len(running.children()) == 2)
+    kill_the_driver(running)
 
 
 def read(place: Workplace, log: str) -> str:

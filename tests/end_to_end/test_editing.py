@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 import imagemill
-from conftest import Workplace
 from imagemill.errors import BadTask, InputError, Transient
+from workplace import Workplace
 
 sys.path.append(str(Path(__file__).parents[1] / "contract"))
 
@@ -139,9 +139,7 @@ def test_the_plan_knows_the_size_of_what_will_be_made(place: Workplace, klein: P
 # --- the library ------------------------------------------------------------------------------------------------------
 
 
-def test_an_engine_takes_pictures_from_memory_and_goes_on_with_them(
-    tmp_path: Path, pixels_of: Callable[[Path], dict[str, str]]
-) -> None:
+def test_an_engine_takes_pictures_from_memory_and_goes_on_with_them(tmp_path: Path) -> None:
     from_disk = draw(tmp_path / "a.png")
     tasks: list[dict[str, Any]] = [
         {"id": "memory", "prompt": "edit it", "image": Image.open(from_disk), "seed": 1},

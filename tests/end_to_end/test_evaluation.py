@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import Ended, Workplace
+from command import Ended, until
+from workplace import Workplace
 
 FILES = ("judgments.jsonl", "report.json", "report.md", "report.html")
 CATEGORIES = ("物理", "环境", "object <b>")
@@ -167,13 +168,13 @@ def unbroken(shared_place: Workplace) -> dict[str, str]:
 
 @pytest.mark.parametrize("stage", ["edits", "judgments"])
 def test_killed_in_either_stage_the_same_command_does_what_is_left_and_the_report_is_the_same(
-    stage: str, place: Workplace, unbroken: dict[str, str], wait_until: Callable[..., Any]
+    stage: str, place: Workplace, unbroken: dict[str, str]
 ) -> None:
     bench(place, 12, lambda number: {"delay": 0.2})
     started = place.start(*FAKE, "--workers", "2", "--controls")
-    wait_until(lambda: done(place, stage) >= 3)
+    until(lambda: done(place, stage) >= 3)
     started.process.kill()
-    wait_until(lambda: not started.children())
+    until(lambda: not started.children())
     assert done(place, stage) < 12
     ended = place(*FAKE, "--workers", "2", "--controls")
     assert ended.code == 0, ended.text
@@ -194,12 +195,10 @@ def test_the_same_command_again_starts_no_worker_and_writes_the_same(place: Work
 
 
 @pytest.mark.parametrize("stage", ["edits", "judgments"])
-def test_a_first_ctrl_c_ends_what_is_in_flight_and_the_command_goes_on_later(
-    stage: str, place: Workplace, wait_until: Callable[..., Any]
-) -> None:
+def test_a_first_ctrl_c_ends_what_is_in_flight_and_the_command_goes_on_later(stage: str, place: Workplace) -> None:
     bench(place, 9, lambda number: {"delay": 0.2})
     started = place.start(*FAKE, "--workers", "2")
-    wait_until(lambda: done(place, stage) >= 2)
+    until(lambda: done(place, stage) >= 2)
     started.signal(signal.SIGINT)
     ended = started.wait()
     assert ended.code == 130, ended.text

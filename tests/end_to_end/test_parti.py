@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
 
-if TYPE_CHECKING:
-    from conftest import Ended, Workplace
+from command import Ended
+from workplace import Workplace
 
 COMMAND = ("--prompt-column", "Prompt", "--model", "tiny", "--workers", "2", "--size", "64x64", "--steps", "2")
 

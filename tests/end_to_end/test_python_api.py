@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -19,11 +19,11 @@ import pytest
 from PIL import Image
 
 import imagemill
+from command import descendants
 from imagemill import Engine, InputError, MultiGPUImageGenerator, Outcome, RunOptions, Task
 from imagemill.generator import take_numbers
 
 READ_AHEAD = 16
-Descendants = Callable[[], set[int]]
 
 
 def rows(count: int, **fake: Any) -> list[dict[str, Any]]:
@@ -31,7 +31,7 @@ def rows(count: int, **fake: Any) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def before(descendants: Descendants) -> set[int]:
+def before() -> set[int]:
     """The processes that stood below this one before the test."""
     gc.collect()
     return descendants()
@@ -44,7 +44,7 @@ def fake_engine(**settings: Any) -> Engine:
 # --- one call ---------------------------------------------------------------------------------------------------------
 
 
-def test_run_does_what_the_command_does(tmp_path: Path, before: set[int], descendants: Descendants) -> None:
+def test_run_does_what_the_command_does(tmp_path: Path, before: set[int]) -> None:
     source = tmp_path / "tasks.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows(4)))
     report = imagemill.run(source, out=tmp_path / "out", model="fake", workers=2, schedule="lockstep")
@@ -86,7 +86,7 @@ def test_a_failed_task_is_counted_not_raised(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_raises_with_the_words_of_the_command(
-    source: Any, settings: dict[str, Any], words: str, tmp_path: Path, before: set[int], descendants: Descendants
+    source: Any, settings: dict[str, Any], words: str, tmp_path: Path, before: set[int]
 ) -> None:
     with pytest.raises(InputError, match=words):
         imagemill.run(source, out=tmp_path, **{"model": "fake", **settings})
@@ -96,9 +96,7 @@ def test_bad_input_raises_with_the_words_of_the_command(
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 
-def test_workers_are_kept_between_runs_and_gone_after_the_block(
-    tmp_path: Path, before: set[int], descendants: Descendants
-) -> None:
+def test_workers_are_kept_between_runs_and_gone_after_the_block(tmp_path: Path, before: set[int]) -> None:
     with fake_engine() as engine:
         assert all(outcome.ok for outcome in engine.run(rows(6), tmp_path / "first"))
         crew = descendants() - before
@@ -110,9 +108,7 @@ def test_workers_are_kept_between_runs_and_gone_after_the_block(
         next(engine.run(rows(1), tmp_path / "third"))
 
 
-def test_leaving_the_block_by_an_exception_frees_every_process(
-    tmp_path: Path, before: set[int], descendants: Descendants
-) -> None:
+def test_leaving_the_block_by_an_exception_frees_every_process(tmp_path: Path, before: set[int]) -> None:
     def leave_at_the_first_outcome() -> None:
         with fake_engine(schedule="static") as engine:
             for _ in engine.run([*rows(1), *rows(5, delay=600)[1:]], tmp_path):
@@ -125,9 +121,7 @@ def test_leaving_the_block_by_an_exception_frees_every_process(
     assert descendants() == before
 
 
-def test_leaving_the_block_ends_a_run_that_somebody_still_holds(
-    tmp_path: Path, before: set[int], descendants: Descendants
-) -> None:
+def test_leaving_the_block_ends_a_run_that_somebody_still_holds(tmp_path: Path, before: set[int]) -> None:
     with fake_engine(schedule="static") as engine:
         outcomes = engine.run([*rows(1), *rows(5, delay=600)[1:]], tmp_path)
         assert next(outcomes).ok
@@ -178,9 +172,7 @@ def test_a_failed_task_is_an_outcome_with_kind_and_message(tmp_path: Path) -> No
     assert good.ok
 
 
-def test_what_an_earlier_run_made_is_handed_out_as_resumed_without_a_worker(
-    tmp_path: Path, before: set[int], descendants: Descendants
-) -> None:
+def test_what_an_earlier_run_made_is_handed_out_as_resumed_without_a_worker(tmp_path: Path, before: set[int]) -> None:
     with fake_engine() as engine:
         first = [outcome.path for outcome in engine.run(rows(4), tmp_path)]
     with fake_engine() as engine:
@@ -202,7 +194,7 @@ def test_an_engine_goes_on_after_a_run_that_was_left_early(tmp_path: Path) -> No
     assert not list(tmp_path.glob(".*.part"))
 
 
-def test_an_engine_goes_on_after_a_worker_died(tmp_path: Path, before: set[int], descendants: Descendants) -> None:
+def test_an_engine_goes_on_after_a_worker_died(tmp_path: Path, before: set[int]) -> None:
     with fake_engine() as engine:
         assert all(outcome.ok for outcome in engine.run(rows(4), tmp_path / "first"))
         os.kill(min(descendants() - before), 9)
@@ -290,9 +282,7 @@ def test_a_bad_row_of_an_iterator_stops_the_run_and_keeps_what_is_done(tmp_path:
     assert sum(outcome.resumed for outcome in outcomes) > 300
 
 
-def test_an_error_of_the_source_itself_is_the_callers(
-    tmp_path: Path, before: set[int], descendants: Descendants
-) -> None:
+def test_an_error_of_the_source_itself_is_the_callers(tmp_path: Path, before: set[int]) -> None:
     def tasks() -> Iterator[dict[str, Any]]:
         yield from rows(3)
         raise LookupError("the database is gone")
@@ -370,7 +360,7 @@ def generator(**settings: Any) -> MultiGPUImageGenerator:
     return MultiGPUImageGenerator(**{"model": "fake", "device": "cpu", "workers": 2, **settings})
 
 
-def test_generate_batch_returns_a_dict_a_task_in_order(here: Path, before: set[int], descendants: Descendants) -> None:
+def test_generate_batch_returns_a_dict_a_task_in_order(here: Path, before: set[int]) -> None:
     tasks = [
         {"prompt": "an owl", "seed": 7, "output_path": "owl.png", "fake": {"delay": 0.5}},
         {"prompt": "a volcano", "seed": 8, "output_path": str(here / "deep" / "volcano.webp"), "width": 32, "steps": 3},

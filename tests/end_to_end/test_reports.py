@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-if TYPE_CHECKING:
-    from conftest import Workplace
+from workplace import Workplace
 
 FILES = ("results.jsonl", "report.json", "report.md", "report.html")
 ROWS: list[dict[str, Any]] = [

@@ -7,12 +7,12 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-if TYPE_CHECKING:
-    from conftest import Workplace
+from command import until
+from workplace import Workplace
 
 ROWS: list[dict[str, Any]] = [{"id": f"t{number}", "prompt": f"prompt {number}"} for number in range(6)]
 
@@ -268,11 +268,9 @@ def test_two_changed_tasks_may_swap_their_paths(place: Workplace) -> None:
 # --- two runs ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_in_the_same_folder_is_refused_and_the_first_is_not_disturbed(
-    place: Workplace, wait_until: Callable[..., Any]
-) -> None:
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_is_not_disturbed(place: Workplace) -> None:
     first = place.start_fake(place.tasks(slowly(0.5, 4)))
-    wait_until(lambda: any((place.folder / "out").glob("*.png")))
+    until(lambda: any((place.folder / "out").glob("*.png")))
     second = place.fake("tasks.jsonl")
     assert second.code == 2
     assert f"pid {first.pid}" in second.err
@@ -284,9 +282,9 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_is_not_disturb
     assert place.fake("tasks.jsonl").code == 0
 
 
-def test_a_report_can_be_made_while_a_run_goes_on(place: Workplace, wait_until: Callable[..., Any]) -> None:
+def test_a_report_can_be_made_while_a_run_goes_on(place: Workplace) -> None:
     running = place.start_fake(place.tasks(slowly(0.5, 4)))
-    wait_until(lambda: any((place.folder / "out").glob("*.png")))
+    until(lambda: any((place.folder / "out").glob("*.png")))
     ended = place("report", "out")
     assert ended.code == 0, ended.text
     assert set(place.states().values()) == {"done", "pending"}
@@ -311,11 +309,10 @@ def test_the_first_signal_finishes_what_is_in_flight_and_starts_nothing_more(
     code: int,
     crew: tuple[str, ...],
     place: Workplace,
-    wait_until: Callable[..., Any],
     golden: dict[str, str],
 ) -> None:
     running = place.start_fake(place.tasks(slowly(0.8, 12)), "out", *crew)
-    wait_until(lambda: any((place.folder / "out").glob("*.png")))  # the next ones are in flight
+    until(lambda: any((place.folder / "out").glob("*.png")))  # the next ones are in flight
     running.signal(number)
     ended = running.wait()
     assert ended.code == code, ended.text
@@ -335,16 +332,14 @@ def test_the_first_signal_finishes_what_is_in_flight_and_starts_nothing_more(
 
 
 @CREWS
-def test_the_second_signal_stops_at_once(
-    crew: tuple[str, ...], place: Workplace, wait_until: Callable[..., Any], golden: dict[str, str]
-) -> None:
+def test_the_second_signal_stops_at_once(crew: tuple[str, ...], place: Workplace, golden: dict[str, str]) -> None:
     rows = slowly(0, 12)
     for row in rows[4:]:
         row["fake"] = {"delay": 600}
     running = place.start_fake(place.tasks(rows), "out", *crew, "--schedule", "static")
-    wait_until(lambda: len(list((place.folder / "out").glob("*.png"))) == 4)
+    until(lambda: len(list((place.folder / "out").glob("*.png"))) == 4)
     running.signal(signal.SIGINT)
-    wait_until(lambda: "stopping" in running.err)
+    until(lambda: "stopping" in running.err)
     running.signal(signal.SIGINT)
     ended = running.wait()
     assert ended.code == 130, ended.text
@@ -355,11 +350,11 @@ def test_the_second_signal_stops_at_once(
     assert place.pixels() == golden
 
 
-def test_a_signal_while_workers_load_ends_the_run(place: Workplace, wait_until: Callable[..., Any]) -> None:
+def test_a_signal_while_workers_load_ends_the_run(place: Workplace) -> None:
     running = place.start_fake(
         place.tasks(ROWS), "out", "--workers", "2", IMAGEMILL_FAKE_LOAD=json.dumps({"delay": 600})
     )
-    wait_until(lambda: len(running.children()) == 2)
+    until(lambda: len(running.children()) == 2)
     running.signal(signal.SIGINT)
     ended = running.wait()
     assert ended.code == 130, ended.text

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from PIL import Image
 
-if TYPE_CHECKING:
-    from conftest import Ended, Workplace
+from command import Ended, until
+from random_lora import make_lora
+from workplace import Workplace
 
 ROWS: list[dict[str, Any]] = [
     {"id": "owl", "prompt": "an owl, at night", "seed": 7, "category": "Animals"},
@@ -162,7 +162,7 @@ def test_a_missing_lora_of_a_tweet_batch_stops_before_anything_starts(place: Wor
 
 
 def test_a_tweet_batch_with_a_lora_uses_it_and_reports_the_tweet_without_a_hint(
-    place: Workplace, data: Path, shared_place: Workplace, tweets: Ended, make_lora: Callable[..., Path]
+    place: Workplace, data: Path, shared_place: Workplace, tweets: Ended
 ) -> None:
     batch = json.loads((data / "persona_tweets_lora.json").read_text("utf-8"))
     batch["tweets"] = batch["tweets"][:6]  # the fourth has no hint
@@ -284,19 +284,19 @@ def has_picture(place: Workplace) -> bool:
     return any((place.folder / "out").glob("*.png"))
 
 
-def test_one_worker_runs_inside_the_process(place: Workplace, wait_until: Callable[..., Any]) -> None:
+def test_one_worker_runs_inside_the_process(place: Workplace) -> None:
     running = place.start_fake(place.tasks(SLOW))
-    wait_until(lambda: has_picture(place))  # the next task is at work
+    until(lambda: has_picture(place))  # the next task is at work
     assert running.children() == []
     assert running.wait().code == 0
 
 
 @pytest.mark.parametrize(("options", "count"), [(("--isolate",), 1), (("--workers", "2"), 2), (("--workers", "9"), 3)])
 def test_isolate_and_more_workers_start_processes_but_never_more_than_tasks(
-    options: tuple[str, ...], count: int, place: Workplace, wait_until: Callable[..., Any]
+    options: tuple[str, ...], count: int, place: Workplace
 ) -> None:
     running = place.start_fake(place.tasks(SLOW), "out", *options)
-    wait_until(running.children)
+    until(running.children)
     ended = running.wait()
     assert ended.code == 0, ended.text
     assert len(list((place.folder / "out" / "logs").glob("worker-*.log"))) == count

@@ -11,6 +11,8 @@ import pytest
 
 import imagemill
 from imagemill.config import merge
+from random_lora import make_lora
+from workplace import pixels
 
 POLICIES = ("dynamic", "static", "lockstep", "window:2")
 CREWS: dict[str, dict[str, Any]] = {
@@ -33,7 +35,7 @@ WORDS = ("a cat", "two dogs on a beach", "巴黎的一条街", "an old stone bri
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory, make_lora: Callable[..., Path]) -> list[dict[str, Any]]:
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Prompts of several lengths, two shapes, and two adapters at several strengths, well mixed."""
     folder = tmp_path_factory.mktemp("loras")
     adapters = [str(make_lora(folder / f"{seed}.safetensors", seed=seed)) for seed in (1, 2)]
@@ -64,13 +66,12 @@ def golden(
     inline: imagemill.Engine,
     tasks: list[dict[str, Any]],
     tmp_path_factory: pytest.TempPathFactory,
-    pixels_of: Callable[[Path], dict[str, str]],
 ) -> dict[str, str]:
     """The pixels of the first configuration, which the others must equal; no two pictures are alike."""
     folder = tmp_path_factory.mktemp("golden")
     outcomes = list(inline.run(tasks, folder))
     assert [outcome.message for outcome in outcomes if not outcome.ok] == []
-    found = pixels_of(folder)
+    found = pixels(folder)
     assert sorted(found) == [f"t{number:02}.png" for number in range(COUNT)]
     assert len(set(found.values())) == COUNT
     return found
@@ -101,14 +102,13 @@ def test_every_policy_and_crew_gives_the_same_pixels(
     tasks: list[dict[str, Any]],
     golden: dict[str, str],
     tmp_path: Path,
-    pixels_of: Callable[[Path], dict[str, str]],
 ) -> None:
     engine = engine_of(crew)
     engine.settings = merge(engine.settings, {"schedule": policy})
     outcomes = list(engine.run(tasks, tmp_path))
     assert [outcome.task.id for outcome in outcomes] == [task["id"] for task in tasks]
     assert [outcome.message for outcome in outcomes if not outcome.ok] == []
-    assert pixels_of(tmp_path) == golden
+    assert pixels(tmp_path) == golden
     # Both work. With the default policy a worker that is late to load may find little or nothing left to do.
     if engine.settings.devices.workers == 2 and policy != "dynamic":
         assert {outcome.worker for outcome in outcomes} == {0, 1}
@@ -119,7 +119,6 @@ def test_the_order_of_the_source_does_not_matter_where_seeds_are_given(
     tasks: list[dict[str, Any]],
     golden: dict[str, str],
     tmp_path: Path,
-    pixels_of: Callable[[Path], dict[str, str]],
 ) -> None:
     assert all(outcome.ok for outcome in inline.run(tasks[:12][::-1], tmp_path))
-    assert pixels_of(tmp_path) == {name: digest for name, digest in golden.items() if name < "t12"}
+    assert pixels(tmp_path) == {name: digest for name, digest in golden.items() if name < "t12"}

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from conftest import Workplace, until
+from command import until
+from workplace import Workplace
 
 ON_CPU = ("--device", "cpu", "--model", "fake")
 

@@ -6,22 +6,18 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import pytest
 
+from command import Ended
 from imagemill import __main__ as first_step
-
-if TYPE_CHECKING:
-    from conftest import Ended, Workplace
+from workplace import Workplace
 
 TASKS = [{"prompt": "a"}, {"prompt": "b"}]
 
 
 def started(place: Workplace, redirections: str, *arguments: str) -> Ended:
     """`python -m imagemill ARGUMENTS` with a shell's redirections."""
-    from conftest import Ended
-
     words = ["sh", "-c", f'exec "$0" -m imagemill "$@" {redirections}', sys.executable, *arguments]
     ended = subprocess.run(
         words, cwd=place.folder, env=place.environment(), capture_output=True, text=True, timeout=240

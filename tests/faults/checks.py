@@ -1,52 +1,27 @@
 """What every test of the fault suite shares: a real run that something is done to, and the same checks after every fault.
 
 `after(place, ended, …)` holds a run's folder against the promises of docs/reliability.md; each check is also there alone.
-The tools of the end-to-end tests (the command in a process of its own, its descendants, digests of pixels) are taken
-from their conftest, by path: the name `conftest` means another file here.
+The command in a process of its own, its folder and its tasks are in tests/support.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import sqlite3
-import sys
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing, suppress
 from hashlib import sha256
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from workplace import pixels, rows
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def _end_to_end() -> ModuleType:
-    name = "end_to_end_conftest"
-    if name not in sys.modules:
-        spec = spec_from_file_location(name, ROOT / "tests" / "end_to_end" / "conftest.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-_shared = _end_to_end()
-Ended, Started, Workplace = _shared.Ended, _shared.Started, _shared.Workplace
-until, pixels, parents = _shared.until, _shared.pixels, _shared.parents
-place, shared_place = _shared.place, _shared.shared_place
-
-WORKERS = ("--workers", "2")
-GONE_WITHIN = 5.0
-"""Seconds after the driver's death in which its workers must be gone: part of the promise."""
-
 TEMPORARY = ".imagemill-"
 STATES = ("pending", "done", "failed")
 PICTURES = (".png", ".jpg", ".webp")
@@ -55,14 +30,6 @@ UNLIKE_SOURCE = 2.0
 
 
 # --- what goes in -----------------------------------------------------------------------------------------------------
-
-
-def rows(count: int = 8, delay: float = 0.0, **scripts: dict[str, Any]) -> list[dict[str, Any]]:
-    """`count` tasks t0, t1, …; `scripts` say what befalls some of them. No script changes a picture."""
-    return [
-        {"id": f"t{number}", "prompt": f"prompt {number}", "fake": {"delay": delay, **scripts.get(f"t{number}", {})}}
-        for number in range(count)
-    ]
 
 
 def golden_of(workplace: Any, count: int) -> dict[str, str]:
@@ -162,19 +129,6 @@ def log_of(workplace: Any, name: str, out: str = "out") -> str:
 def has_pictures(workplace: Any, count: int, out: str = "out") -> bool:
     """Whether that many pictures have their own names."""
     return len(list((workplace.folder / out).glob("*.png"))) >= count
-
-
-def kill(pid: int, number: int = signal.SIGKILL) -> None:
-    """A signal to one process that may be gone."""
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def kill_the_driver(running: Any) -> None:
-    """SIGKILL to the driver alone; its workers must then end by themselves."""
-    kill(running.pid)
-    running.wait()
-    until(lambda: not running.family(), GONE_WITHIN)
 
 
 # --- what must hold afterwards ----------------------------------------------------------------------------------------

@@ -24,18 +24,13 @@ from random import Random
 from typing import Any
 
 from _pytest.outcomes import Failed
-from checks import (
-    GONE_WITHIN,
-    Workplace,
-    after,
-    at_start,
-    golden_of,
-    kill,
-    rows,
-    temporary_files,
-    until,
-    workers,
-)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+from checks import after, at_start, golden_of, temporary_files, workers
+
+from command import GONE_WITHIN, kill, until
+from workplace import Workplace, rows
 
 STUCK = 180.0
 """Seconds in which a run must end an attempt, or itself: far more than any deadline of its settings."""

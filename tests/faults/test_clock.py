@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from checks import HASTE, ROOT, WORKERS, Workplace, after, at_start, has_pictures, kill_the_driver, rows
-from checks import until as wait_until
+from checks import HASTE, ROOT, after, at_start, has_pictures
+
+from command import WORKERS, kill_the_driver, until
+from workplace import Workplace, rows
 
 COUNT = 12
 NAMES = {f"t{number}" for number in range(COUNT)}
@@ -113,7 +115,7 @@ def test_while_the_clock_jumps_a_hanging_task_is_still_ended_by_its_deadline_and
 @pytest.mark.parametrize("days", [1, -1])
 def test_a_clock_set_between_two_runs_changes_no_count(days: int, place: Workplace, golden: dict[str, str]) -> None:
     running = place.start_fake(place.tasks(rows(COUNT, delay=0.2)), **at_start(place, shifted(days)))
-    wait_until(lambda: has_pictures(place, 4))
+    until(lambda: has_pictures(place, 4))
     kill_the_driver(running)
     ((kept,),) = place.ledger("SELECT count(*) FROM tasks WHERE state = 'done'")
     assert kept

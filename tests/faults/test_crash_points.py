@@ -13,24 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checks import (
-    AHEAD,
-    GONE_WITHIN,
-    HASTE,
-    ROOT,
-    WORKERS,
-    Workplace,
-    after,
-    at_start,
-    log_of,
-    rows,
-    temporary_files,
-)
-from checks import until as wait_until
+from checks import AHEAD, HASTE, ROOT, after, at_start, log_of, temporary_files
 
+from command import GONE_WITHIN, WORKERS, until
 from imagemill import Engine, crashpoints
 from imagemill.crashpoints import DRIVER, POINTS, VARIABLE, WORKER, asked
 from imagemill.publish import OutputFolder
+from workplace import Workplace, rows
 
 COUNT = 24
 NAMES = {f"t{number}" for number in range(COUNT)}
@@ -143,7 +132,7 @@ def crash(
     environment[VARIABLE] = f"{point}:{nth}"
     running = place.start_fake("tasks.jsonl", "out", *crew, **environment)
     assert running.wait().code == -signal.SIGKILL, f"{point} is not come by: {running.err}"
-    wait_until(lambda: not running.family(), GONE_WITHIN)
+    until(lambda: not running.family(), GONE_WITHIN)
     if not (place.folder / "out" / "ledger.sqlite").exists():
         assert point in BEFORE_THE_LEDGER
         return {}

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checks import after, at_start, done_is_true, equal_to_golden, rows, temporary_files, until
+from checks import after, at_start, done_is_true, equal_to_golden, temporary_files
 
 import imagemill
+from command import until
 from imagemill.errors import ImagemillError, InputError, OutputError
 from imagemill.ledger import Ledger
 from imagemill.publish import OutputFolder
 from imagemill.report import write_reports
+from workplace import rows
 
 COUNT = 24
 

@@ -18,26 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checks import (
-    AHEAD,
-    GONE_WITHIN,
-    HASTE,
-    ROOT,
-    WORKERS,
-    Ended,
-    Started,
-    Workplace,
-    after,
-    at_start,
-    has_pictures,
-    kill,
-    kill_the_driver,
-    rows,
-    workers,
-)
-from checks import until as wait_until
+from checks import AHEAD, HASTE, ROOT, after, at_start, has_pictures, workers
 
+from command import GONE_WITHIN, WORKERS, Ended, Started, kill, kill_the_driver, until
 from imagemill.keeper import Keeper
+from workplace import Workplace, rows
 
 COUNT = 24
 NAMES = {f"t{number}" for number in range(COUNT)}
@@ -49,7 +34,7 @@ CREWS = pytest.mark.parametrize("crew", [(), WORKERS], ids=["inline", "processes
 def started(place: Workplace, *crew: str, delay: float = 0.8, **environment: str) -> Any:
     """A run that has made a picture and is at work on the next."""
     running = place.start_fake(place.tasks(rows(COUNT, delay=delay)), "out", *crew, **environment)
-    wait_until(lambda: has_pictures(place, 1))
+    until(lambda: has_pictures(place, 1))
     return running
 
 
@@ -80,7 +65,7 @@ def test_sighup_finishes_what_is_in_flight_however_often_it_comes(
     running = started(place, *crew)
     for _ in range(3):
         running.signal(signal.SIGHUP)
-        wait_until(lambda: "stopping" in running.err)
+        until(lambda: "stopping" in running.err)
     ended = running.wait()
     assert ended.code == 128 + signal.SIGHUP, ended.text
     assert ended.err.count("stopping") == 1
@@ -119,9 +104,9 @@ def test_the_second_signal_stops_at_once_with_the_code_of_the_first(
 ) -> None:
     scripts = {f"t{number}": {"delay": 600} for number in range(4, COUNT)}
     running = place.start_fake(place.tasks(rows(COUNT, **scripts)), "out", *crew, "--schedule", "static")
-    wait_until(lambda: has_pictures(place, 4))
+    until(lambda: has_pictures(place, 4))
     running.signal(first)
-    wait_until(lambda: "stopping" in running.err)
+    until(lambda: "stopping" in running.err)
     running.signal(second)
     ended = running.wait()
     assert ended.code == 128 + first, ended.text
@@ -135,9 +120,9 @@ def test_the_second_signal_ends_the_command_though_the_worker_inside_it_hangs(
     place.tasks(rows(COUNT, t2={"hang": "spin"}))
     patient = "import imagemill.executors.inline as room; room.GRACE = 600"
     running = place.start_fake("tasks.jsonl", "out", **at_start(place, patient))
-    wait_until(lambda: has_pictures(place, 2))
+    until(lambda: has_pictures(place, 2))
     running.signal(signal.SIGINT)
-    wait_until(lambda: "stopping" in running.err)
+    until(lambda: "stopping" in running.err)
     running.signal(signal.SIGINT)
     assert running.wait().code == 128 + signal.SIGINT
     after(place, running=running, golden=golden, ids=NAMES, clean=False)
@@ -187,12 +172,12 @@ def test_a_signal_before_and_after_the_work_ends_the_command_with_its_code(
     moment: str, number: signal.Signals, place: Workplace, golden: dict[str, str]
 ) -> None:
     running = place.start_fake(place.tasks(rows(COUNT)), "out", *WORKERS, **at_start(place, held_at(moment)))
-    wait_until(lambda: "it is there now" in running.err)
+    until(lambda: "it is there now" in running.err)
     running.signal(number)
     ended = running.wait()
     assert ended.code == 128 + number, ended.text
     assert "Traceback" not in ended.err
-    wait_until(lambda: not running.family(), 5.0)
+    until(lambda: not running.family(), 5.0)
     if moment in ("leaving", "reporting"):
         after(place, golden=golden, ids=NAMES, clean=False)
     hidden = [path.name for path in (place.folder / "out").iterdir() if path.name.startswith(".imagemill-")]
@@ -248,7 +233,7 @@ def test_a_signal_in_the_middle_of_a_write_to_a_pipe_that_nobody_reads_breaks_no
 # --- the terminal is closed -------------------------------------------------------------------------------------------
 
 
-class OnTerminal(Started):  # type: ignore[misc,valid-type]
+class OnTerminal(Started):
     """A command whose output and session belong to a terminal, as one that a person started. `close` closes the terminal."""
 
     def __init__(self, place: Workplace, *command: str, **environment: str) -> None:
@@ -300,7 +285,7 @@ def test_a_terminal_that_is_closed_finishes_what_is_in_flight(
 ) -> None:
     place.tasks(rows(COUNT, delay=0.8))
     running = OnTerminal(place, *RUN, *crew)
-    wait_until(lambda: has_pictures(place, 1))
+    until(lambda: has_pictures(place, 1))
     running.close()
     ended = running.wait()
     assert ended.code == 128 + signal.SIGHUP, ended.text
@@ -334,7 +319,7 @@ sys.exit(code[0])
 
 def test_what_is_said_once_the_terminal_is_gone_goes_nowhere_and_breaks_nothing(place: Workplace) -> None:
     running = OnTerminal(place, "-c", SAYS_MORE)
-    wait_until(lambda: "begun" in running.err)
+    until(lambda: "begun" in running.err)
     running.close()
     assert running.wait().code == 128 + signal.SIGHUP
 
@@ -345,7 +330,7 @@ def test_a_run_under_nohup_outlives_its_terminal(
 ) -> None:
     place.tasks(rows(COUNT, delay=0.1))
     running = OnTerminal(place, *RUN, *options, **at_start(place, IGNORED))
-    wait_until(lambda: has_pictures(place, 1))
+    until(lambda: has_pictures(place, 1))
     running.close()
     ended = running.wait()
     assert ended.code == 0, ended.text
@@ -356,9 +341,9 @@ def test_a_run_under_nohup_outlives_its_terminal(
 def test_ctrl_c_on_a_terminal_finishes_what_is_in_flight_and_says_so(place: Workplace, golden: dict[str, str]) -> None:
     place.tasks(rows(COUNT, delay=0.8))
     running = OnTerminal(place, *RUN, *WORKERS)
-    wait_until(lambda: has_pictures(place, 1))
+    until(lambda: has_pictures(place, 1))
     os.write(running._master, b"\x03")
-    wait_until(lambda: "stopping" in running.err)
+    until(lambda: "stopping" in running.err)
     ended = running.wait()
     assert ended.code == 128 + signal.SIGINT, ended.text
     after(place, ended, running=running, golden=golden, ids=NAMES)
@@ -403,7 +388,7 @@ def test_a_stopped_driver_still_holds_its_folder_and_a_dead_one_does_not(
     kill(running.pid, signal.SIGSTOP)
     assert place.fake("tasks.jsonl").code == 2
     kill(running.pid, signal.SIGCONT)
-    wait_until(lambda: has_pictures(place, 6))
+    until(lambda: has_pictures(place, 6))
     # At once, while its workers may still be dying.
     kill(running.pid)
     running.wait()
@@ -431,14 +416,14 @@ if fd >= 0:
 
 def test_a_worker_stopped_before_its_first_line_ends_with_a_killed_driver(place: Workplace) -> None:
     running = place.start_fake(place.tasks(rows(4)), "out", *WORKERS, **at_start(place, STOPS))
-    wait_until(lambda: any(state_of(pid) == "T" for pid in workers(running)))
+    until(lambda: any(state_of(pid) == "T" for pid in workers(running)))
     kill_the_driver(running)
 
 
 @pytest.mark.parametrize("how", [pytest.param("stopped", marks=pytest.mark.slow), "at work"])
 def test_what_the_workers_of_a_killed_driver_have_started_ends_with_them(how: str, place: Workplace) -> None:
     running = started(place, *WORKERS, **at_start(place, HELPER))
-    wait_until(lambda: len(running.children()) == 4)
+    until(lambda: len(running.children()) == 4)
     for pid in running.children() if how == "stopped" else ():
         kill(pid, signal.SIGSTOP)
     kill_the_driver(running)
@@ -450,7 +435,7 @@ def test_without_its_keeper_a_run_goes_on_and_workers_still_end_with_the_driver(
     kill(keeper)
     victim = workers(running)[0]
     kill(victim)
-    wait_until(lambda: victim not in running.family() and len(workers(running)) == 2)
+    until(lambda: victim not in running.family() and len(workers(running)) == 2)
     kill_the_driver(running)
 
 
@@ -526,12 +511,12 @@ def test_a_driver_killed_at_random_moments_loses_nothing_and_tells_nothing_untru
         done = now
     goes_on(place, golden, *crew)
     assert set(place.attempts().values()) == {1}
-    wait_until(lambda: not any(running.family() for running in all_started), 5.0)
+    until(lambda: not any(running.family() for running in all_started), 5.0)
 
 
 def kill_within(running: Any, place: Workplace, pictures: int, later: float) -> None:
     """SIGKILL to the driver this many seconds after that many pictures are there, unless it has ended by then."""
-    wait_until(lambda: has_pictures(place, pictures) or running.process.poll() is not None)
+    until(lambda: has_pictures(place, pictures) or running.process.poll() is not None)
     with suppress(subprocess.TimeoutExpired):
         running.process.wait(later)
     kill(running.pid)

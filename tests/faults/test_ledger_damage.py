@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checks import Workplace, done_is_true, equal_to_golden, rows
+from checks import done_is_true, equal_to_golden
 
 import imagemill
 from imagemill.errors import ImagemillError, InputError, LedgerError, OutputError
 from imagemill.ledger import FILE_NAME, Ledger
 from imagemill.repair import repair
+from workplace import Workplace, rows
 
 COUNT = 24
 PAGE = 4096

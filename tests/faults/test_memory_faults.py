@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from checks import AHEAD, after, at_start, golden_of, log_of, rows
+from checks import AHEAD, after, at_start, golden_of, log_of
 
 import imagemill
 from imagemill.families.z_image import ZImage
 from imagemill.records import ModelSpec, PlannedTask, SinkSpec, Task, Ticket, WorkOrder
 from imagemill.runners import tiles
 from imagemill.runners.diffusion import DiffusionRunner, create
+from workplace import pixels, rows
 
 BATCHES = ("--batch-size", "4", "--workers", "1", "--isolate")
 COUNT = 8
@@ -114,34 +115,27 @@ TINY = {"model": "tiny", "device": "cpu", "size": "64x64", "steps": 1, "batch_si
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory, pixels_of: Any) -> dict[str, str]:
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What the embedded model makes of four prompts, one at a time."""
     folder = tmp_path_factory.mktemp("whole")
     assert imagemill.run(list("abcd"), folder, **{**TINY, "batch_size": 1}).done == 4
-    return dict(pixels_of(folder))
-
-
-@pytest.fixture(scope="module")
-def pixels_of() -> Any:
-    from checks import pixels
-
-    return pixels
+    return pixels(folder)
 
 
 @pytest.mark.parametrize("stage", ["denoise", "decode"])
 def test_a_pipeline_that_finds_no_room_for_a_batch_makes_its_pictures_one_by_one(
-    stage: str, pictures: dict[str, str], pixels_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, pictures: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = Short(monkeypatch, stage, lambda pipe, tasks: len(tasks) > 1)
     report = imagemill.run(list("abcd"), tmp_path, **TINY)
     assert (report.done, report.exit_code) == (4, 0)
     assert {len(tasks) for tasks in short.seen} == {4, 2, 1}
-    assert pixels_of(tmp_path) == pictures
+    assert pixels(tmp_path) == pictures
 
 
 @pytest.mark.parametrize("stage", ["denoise", "decode"])
 def test_a_picture_that_never_finds_room_fails_alone_as_oom_and_the_pipeline_goes_on(
-    stage: str, pictures: dict[str, str], pixels_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, pictures: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Short(monkeypatch, stage, lambda pipe, tasks: any(task.prompt == "b" for task in tasks))
     with imagemill.Engine(**TINY) as engine:
@@ -153,7 +147,7 @@ def test_a_picture_that_never_finds_room_fails_alone_as_oom_and_the_pipeline_goe
         ("done", None),
     ]
     assert "CUDA out of memory" in outcomes[1].message
-    made = pixels_of(tmp_path)
+    made = pixels(tmp_path)
     assert made == {name: digest for name, digest in pictures.items() if name != "000002.png"}
 
 

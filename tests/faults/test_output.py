@@ -8,11 +8,13 @@ import threading
 from pathlib import Path
 
 import pytest
-from checks import AHEAD, HASTE, WORKERS, Workplace, after, at_start, log_of, rows, until
+from checks import AHEAD, HASTE, after, at_start, log_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from command import WORKERS, until
 from imagemill.logfiles import GAP, KEPT, LONGEST, trim
+from workplace import Workplace, rows
 
 BOTH = pytest.mark.parametrize("mode", [(), (AHEAD,)], ids=["in turn", "ahead"])
 FLOOD = 50_000_000

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checks import after, rows, until
+from checks import after
 
+from command import until
 from imagemill import Engine
 from imagemill.errors import InputError
+from workplace import rows
 
 COUNT = 12
 SEED = 20250713

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from checks import AHEAD, HASTE, WORKERS, Workplace, after, at_start, log_of, rows, until
+from checks import AHEAD, HASTE, after, at_start, log_of
 
+from command import WORKERS, until
 from imagemill import wire
 from imagemill.executors import processes
 from imagemill.records import BatchEnded, Failure, ModelSpec, WorkerLost, WorkerReady, WorkerSpec
 from imagemill.saving import MAX_MESSAGE, told
+from workplace import Workplace, rows
 
 BOTH = pytest.mark.parametrize("mode", [(), (AHEAD,)], ids=["in turn", "ahead"])
 STATIC = (*WORKERS, "--schedule", "static")

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checks import after, rows, until
+from checks import after
 from PIL import Image
 
+from command import until
 from imagemill.errors import FolderInUseError, InputError
 from imagemill.publish import OutputFolder
 from imagemill.repair import Repair, repair, summary
+from workplace import rows
 
 COUNT = 8
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checks import until
 from PIL import Image
 
 import imagemill
+from command import until
 from imagemill import intake, public_web
 from imagemill.downloads import FOLDER, Downloads
 from imagemill.errors import ImagemillError, InputError, TaskFileError

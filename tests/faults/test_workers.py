@@ -11,11 +11,12 @@ import signal
 from typing import Any
 
 import pytest
-from checks import AHEAD, HASTE, WITNESS, WORKERS, Workplace, after, at_start, has_pictures, kill, log_of, pid_of, rows
-from checks import until as wait_until
+from checks import AHEAD, HASTE, WITNESS, after, at_start, has_pictures, log_of, pid_of
 
+from command import WORKERS, kill, until
 from imagemill.records import WorkerLost
 from imagemill.schedule import Scheduler
+from workplace import Workplace, rows
 
 BOTH = pytest.mark.parametrize("mode", [(), (AHEAD,)], ids=["in turn", "ahead"])
 STATIC = (*WORKERS, "--schedule", "static")
@@ -57,8 +58,8 @@ def test_only_the_batch_of_a_killed_worker_is_tried_again_and_its_members_alone(
     environment = at_start(place, *mode, WITNESS, HASTE)
     place.tasks(rows(16, t6={"hang": True, "hang_attempts": 1}))
     running = place.start_fake("tasks.jsonl", "out", *WORKERS, "--batch-size", "4", **environment)
-    (victim,) = wait_until(lambda: hangs(place))
-    wait_until(lambda: has_pictures(place, 12))
+    (victim,) = until(lambda: hangs(place))
+    until(lambda: has_pictures(place, 12))
     kill(pid_of(place, victim))
     states = after(place, ended := running.wait(), running=running, golden=golden, ids=names(16))
     assert ended.code == 0, ended.text
@@ -74,8 +75,8 @@ def test_a_worker_killed_while_it_saves_one_picture_and_makes_the_next_costs_the
     environment = at_start(place, AHEAD, WITNESS, HASTE)
     place.tasks(rows(8, t2={"slow_save": True}, t4={"hang": True, "hang_attempts": 1}))
     running = place.start_fake("tasks.jsonl", "out", *STATIC, **environment)
-    wait_until(lambda: hangs(place, 0) and "it saves t2" in log_of(place, "worker-0.log"))
-    wait_until(lambda: has_pictures(place, 5))
+    until(lambda: hangs(place, 0) and "it saves t2" in log_of(place, "worker-0.log"))
+    until(lambda: has_pictures(place, 5))
     kill(pid_of(place, 0))
     after(place, ended := running.wait(), running=running, golden=golden, ids=names(8))
     assert ended.code == 0, ended.text
@@ -89,7 +90,7 @@ def test_a_worker_killed_while_idle_costs_no_attempt(
 ) -> None:
     place.tasks(rows(8, t1={"delay": 2.0}))
     running = place.start_fake("tasks.jsonl", "out", *LOCKSTEP, **at_start(place, *mode, HASTE))
-    wait_until(lambda: has_pictures(place, 1))
+    until(lambda: has_pictures(place, 1))
     kill(pid_of(place, 0))
     after(place, ended := running.wait(), running=running, golden=golden, ids=names(8))
     assert ended.code == 0, ended.text
@@ -112,7 +113,7 @@ def test_a_worker_killed_or_stopped_while_it_loads_is_started_again(
     place.tasks(rows(8))
     # In lockstep nothing starts before all are loaded or lost.
     running = place.start_fake("tasks.jsonl", "out", *LOCKSTEP, "--config", "settings.yaml", **environment)
-    wait_until(lambda: hangs(place, 1))
+    until(lambda: hangs(place, 1))
     kill(pid_of(place, 1), number)
     after(place, ended := running.wait(), running=running, golden=golden, ids=names(8))
     assert ended.code == 0, ended.text
@@ -171,7 +172,7 @@ def test_a_busy_loop_that_ignores_sigterm_is_ended_by_the_deadline(
     running = place.start_fake(
         "tasks.jsonl", "out", *STATIC, "--config", "settings.yaml", **at_start(place, *mode, WITNESS, HASTE)
     )
-    wait_until(lambda: hangs(place, 1))
+    until(lambda: hangs(place, 1))
     kill(pid_of(place, 1), signal.SIGTERM)
     after(place, ended := running.wait(), running=running, golden=golden, ids=names(8))
     assert ended.code == 0, ended.text
@@ -190,7 +191,7 @@ def test_a_worker_stopped_while_idle_costs_only_the_task_it_is_given_then(
     place.tasks(rows(6, t1={"delay": 1.5}))
     environment = at_start(place, *mode, HASTE)
     running = place.start_fake("tasks.jsonl", "out", *LOCKSTEP, "--config", "settings.yaml", **environment)
-    wait_until(lambda: has_pictures(place, 1))
+    until(lambda: has_pictures(place, 1))
     kill(pid_of(place, 0), signal.SIGSTOP)
     after(place, ended := running.wait(), running=running, golden=golden, ids=names(6))
     assert ended.code == 0, ended.text
@@ -204,10 +205,10 @@ def test_a_worker_stopped_for_a_while_and_woken_before_its_deadline_is_left_alon
 ) -> None:
     place.tasks(rows(8, delay=0.3))
     running = place.start_fake("tasks.jsonl", "out", *STATIC)
-    wait_until(lambda: has_pictures(place, 2))
+    until(lambda: has_pictures(place, 2))
     pid = pid_of(place, 0)
     os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: len(list((place.folder / "out").glob("t[1357].png"))) == 4)
+    until(lambda: len(list((place.folder / "out").glob("t[1357].png"))) == 4)
     os.kill(pid, signal.SIGCONT)
     after(place, ended := running.wait(), running=running, golden=golden, ids=names(8))
     assert ended.code == 0, ended.text
