@@ -6,7 +6,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ from tiny_model import SPEC, Pixels, loaded, pixels, write_lora
 
 from imagemill.errors import BadTask, OutOfMemory, Transient
 from imagemill.families import family
-from imagemill.plan import fingerprint
-from imagemill.records import ModelSpec, PlannedTask, SinkSpec, Task, Ticket, WorkOrder
+from imagemill.records import ModelSpec, PlannedTask, Task, WorkOrder
 from imagemill.runners import Result, early, references
 from imagemill.runners.diffusion import DiffusionRunner
 from imagemill.runners.early import Early
 from imagemill.runners.references import Member
 from imagemill.runners.streams import HostLane, Stages
+from orders import order_of, planned
 
 STEPS = 4
 ENDED = "nothing is encoded ahead of its turn any more, since that failed:"
@@ -74,12 +73,10 @@ class Bench:
                 "width": SIZE[0], "height": SIZE[1], "seed": seq, "true_cfg_scale": 4.0, "negative_prompt": " ", **changes,
             }
         )  # fmt: skip
-        return PlannedTask(
-            task, fingerprint(task, "r", [sha256(path.read_bytes()).hexdigest()] if task.images else []), Ticket(seq)
-        )
+        return planned(task, "r", seq)
 
     def order(self, *tasks: PlannedTask) -> WorkOrder:
-        return WorkOrder(tasks[0].ticket.seq, self.spec, SinkSpec(), tasks, (1,) * len(tasks))
+        return order_of(*tasks, model=self.spec, batch=tasks[0].ticket.seq)
 
     def run(
         self, order: WorkOrder, following: WorkOrder | None = None, wanted: list[bool] | None = None
@@ -427,7 +424,7 @@ def test_nothing_is_done_early_where_it_does_not_pay(
 ) -> None:
     first, following = bench.order(bench.planned(1)), bench.order(bench.planned(2))
     if why == "another model":
-        following = WorkOrder(2, ModelSpec(name="other", folder=""), SinkSpec(), following.tasks, (1,))
+        following = order_of(*following.tasks, model=ModelSpec(name="other", folder=""), batch=2)
     elif why == "adapters change text":
         bench.on(lane, monkeypatch, pays=False)
     else:

@@ -19,10 +19,10 @@ from tiny_model import Pixels, loaded, no_beat, pixels
 from imagemill.errors import BadModel
 from imagemill.families import families, family_for
 from imagemill.families.flux2 import text_settings
-from imagemill.plan import fingerprint
-from imagemill.records import Lora, ModelSpec, PlannedTask, SinkSpec, Task, Ticket, WorkOrder
+from imagemill.records import Lora, ModelSpec, PlannedTask, Task
 from imagemill.runners import Result
 from imagemill.runners.diffusion import DiffusionRunner
+from orders import order_of, planned
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "klein": tiny_editors.klein,
@@ -60,12 +60,10 @@ class Editor:
         for name in ("guidance_scale", "true_cfg_scale", "negative_prompt"):
             fields[name] = getattr(self.family.defaults, name)
         task = Task(id=str(seq), images=tuple(map(str, images)), **(fields | changes))
-        digests = [sha256(path.read_bytes()).hexdigest() for path in images]
-        return PlannedTask(task, fingerprint(task, self.spec.revision, digests), Ticket(seq))
+        return planned(task, self.spec.revision, seq)
 
     def run(self, *members: PlannedTask) -> list[Result]:
-        order = WorkOrder(1, self.spec, SinkSpec(), members, (1,) * len(members))
-        landed = [result.landed() for result in self.runner.run(order, no_beat)]
+        landed = [result.landed() for result in self.runner.run(order_of(*members, model=self.spec), no_beat)]
         return sorted(landed, key=lambda result: result.seq)
 
     def picture(self, seq: int, *images: Path, **changes: Any) -> Pixels:

@@ -32,8 +32,6 @@ from imagemill.records import (
     ModelSpec,
     PlannedTask,
     SinkSpec,
-    Task,
-    Ticket,
     WorkerBeat,
     WorkerLost,
     WorkerReady,
@@ -41,32 +39,16 @@ from imagemill.records import (
     WorkOrder,
 )
 from imagemill.runners import fake
+from orders import FAKE, fake_task, order_of
 
 EXECUTORS = [module.name for module in pkgutil.iter_modules(executors.__path__)]
 SOURCES = str(Path(imagemill.__file__).parents[1])
-FAKE = ModelSpec(name="fake", folder="", runner="fake", family="fake", memory=7)
 OTHER = ModelSpec(name="other", folder="", runner="fake", family="fake")
 BROKEN = ModelSpec(name="broken", folder="", runner="no-such-runner")
 TIMEOUT = 60.0
 """Seconds after which a wait is taken for a hang; none of these tests measures time."""
 
 E = TypeVar("E", bound=Event)
-
-
-def planned(seq: int = 0, *, steps: int = 1, prompt: str = "p", path: str = "", **script: Any) -> PlannedTask:
-    """A task of 16x16 pixels that the fake runner plays as scripted."""
-    task = Task(
-        id=str(seq),
-        prompt=prompt,
-        model="fake",
-        width=16,
-        height=16,
-        steps=steps,
-        seed=seq,
-        output_path=path or f"pictures/{seq}.png",
-        metadata={"fake": script},
-    )
-    return PlannedTask(task, fingerprint=f"{seq:064x}", ticket=Ticket(seq, needs=("model:fake",)))
 
 
 class Bench:
@@ -96,7 +78,7 @@ class Bench:
 
     def order(self, *tasks: PlannedTask, model: ModelSpec = FAKE, sink: SinkSpec | None = None) -> WorkOrder:
         self._batches += 1
-        return WorkOrder(self._batches, model, sink or self.sink, tasks, (1,) * len(tasks))
+        return order_of(*tasks, model=model, batch=self._batches, sink=sink or self.sink)
 
     def send(self, *tasks: PlannedTask, worker: int = 0, **fields: Any) -> WorkOrder:
         order = self.order(*tasks, **fields)
@@ -125,7 +107,7 @@ class Bench:
 
     def works(self, worker: int = 0) -> bool:
         """Whether a batch runs through; nothing else may have been waiting."""
-        ended = self.run(planned(900 + worker), worker=worker)
+        ended = self.run(fake_task(900 + worker), worker=worker)
         return len(ended.receipts) == 1 and not ended.failures
 
     def close(self) -> None:
@@ -223,7 +205,7 @@ def test_a_long_load_beats(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_every_task_of_a_batch_comes_back_with_its_picture_under_a_temporary_name(bench: Bench) -> None:
     bench.ready()
-    ended = bench.run(planned(3), planned(1), planned(2))
+    ended = bench.run(fake_task(3), fake_task(1), fake_task(2))
     assert not ended.failures
     assert sorted(receipt.seq for receipt in ended.receipts) == [1, 2, 3]
     assert {"model:fake", "shape:16x16"} <= ended.resident
@@ -240,14 +222,14 @@ def test_every_task_of_a_batch_comes_back_with_its_picture_under_a_temporary_nam
 
 def test_the_same_task_gives_the_same_bytes_in_any_batch(bench: Bench) -> None:
     bench.ready()
-    (alone,) = bench.run(planned(5)).receipts
-    (again,) = bench.run(planned(5)).receipts
+    (alone,) = bench.run(fake_task(5)).receipts
+    (again,) = bench.run(fake_task(5)).receipts
     assert alone.sha256 == again.sha256
 
 
 def test_the_sink_none_keeps_no_file(bench: Bench) -> None:
     bench.ready()
-    (receipt,) = bench.run(planned(), sink=SinkSpec("none")).receipts
+    (receipt,) = bench.run(fake_task(), sink=SinkSpec("none")).receipts
     assert (receipt.temporary, receipt.path, receipt.bytes, receipt.width) == ("", "", 0, 16)
     assert not Path(bench.sink.folder).exists()
 
@@ -255,8 +237,8 @@ def test_the_sink_none_keeps_no_file(bench: Bench) -> None:
 def test_a_failing_task_costs_itself_alone(bench: Bench) -> None:
     bench.ready()
     kinds = ["bad_task", "bad_model", "transient", "timeout", "bad_output"]
-    bad = [planned(number, fail=kind) for number, kind in enumerate(kinds)]
-    ended = bench.run(planned(10), *bad, planned(11))
+    bad = [fake_task(number, fail=kind) for number, kind in enumerate(kinds)]
+    ended = bench.run(fake_task(10), *bad, fake_task(11))
     assert {receipt.seq for receipt in ended.receipts} == {10, 11}
     assert [(failure.seq, failure.attempt, failure.kind) for failure in ended.failures] == [
         (number, 1, kind) for number, kind in enumerate(kinds)
@@ -266,15 +248,15 @@ def test_a_failing_task_costs_itself_alone(bench: Bench) -> None:
 
 def test_out_of_memory_costs_the_batch_and_nothing_more(bench: Bench) -> None:
     bench.ready()
-    ended = bench.run(planned(0, oom=2), planned(1))
+    ended = bench.run(fake_task(0, oom=2), fake_task(1))
     assert not ended.receipts
     assert [(failure.seq, failure.kind) for failure in ended.failures] == [(0, "oom"), (1, "oom")]
-    assert not bench.run(planned(0, oom=2)).failures
+    assert not bench.run(fake_task(0, oom=2)).failures
 
 
 def test_what_was_made_before_a_batch_broke_off_counts(bench: Bench) -> None:
     bench.ready()
-    ended = bench.run(planned(0), planned(1, fail="worker_lost"), planned(2))
+    ended = bench.run(fake_task(0), fake_task(1, fail="worker_lost"), fake_task(2))
     assert [receipt.seq for receipt in ended.receipts] == [0]
     assert [(failure.seq, failure.kind) for failure in ended.failures] == [(1, "worker_lost"), (2, "worker_lost")]
 
@@ -284,7 +266,7 @@ def test_a_task_whose_folder_is_a_file_costs_itself_alone(bench: Bench) -> None:
     root = Path(bench.sink.folder)
     root.mkdir()
     (root / "taken").write_text("a file")
-    ended = bench.run(planned(0, path="taken/0.png"), planned(1))
+    ended = bench.run(fake_task(0, path="taken/0.png"), fake_task(1))
     assert [receipt.seq for receipt in ended.receipts] == [1]
     (failure,) = ended.failures
     assert (failure.kind, failure.ends_run) == ("bad_task", False)
@@ -294,13 +276,13 @@ def test_a_task_whose_folder_is_a_file_costs_itself_alone(bench: Bench) -> None:
 def test_an_output_folder_that_refuses_everything_ends_the_run(bench: Bench, tmp_path: Path) -> None:
     bench.ready()
     (tmp_path / "file").write_text("no folder")
-    (failure,) = bench.run(planned(), sink=SinkSpec("files", str(tmp_path / "file"))).failures
+    (failure,) = bench.run(fake_task(), sink=SinkSpec("files", str(tmp_path / "file"))).failures
     assert (failure.kind, failure.ends_run) == ("transient", True)
 
 
 def test_a_long_task_beats(bench: Bench) -> None:
     bench.ready()
-    bench.send(planned(4, delay=0.5, steps=2))
+    bench.send(fake_task(4, delay=0.5, steps=2))
     beat = bench.next(WorkerBeat)
     assert (beat.worker, beat.seq, beat.steps, beat.stage) == (0, 4, 2, "denoise")
     assert bench.next(BatchEnded).receipts
@@ -308,7 +290,7 @@ def test_a_long_task_beats(bench: Bench) -> None:
 
 def test_an_order_for_another_model_switches_to_it_and_back(bench: Bench) -> None:
     bench.ready()
-    there, back = bench.run(planned(0), model=OTHER), bench.run(planned(1))
+    there, back = bench.run(fake_task(0), model=OTHER), bench.run(fake_task(1))
     assert there.receipts
     assert {need for need in there.resident if need.startswith("model:")} == {"model:other"}
     assert back.receipts
@@ -317,7 +299,7 @@ def test_an_order_for_another_model_switches_to_it_and_back(bench: Bench) -> Non
 
 def test_a_model_that_does_not_load_costs_its_orders_alone(bench: Bench) -> None:
     bench.ready()
-    ended = bench.run(planned(0), planned(1), model=BROKEN)
+    ended = bench.run(fake_task(0), fake_task(1), model=BROKEN)
     assert [failure.kind for failure in ended.failures] == ["bad_model", "bad_model"]
     assert ended.resident == frozenset()
     assert bench.works()
@@ -325,7 +307,7 @@ def test_a_model_that_does_not_load_costs_its_orders_alone(bench: Bench) -> None
 
 def test_orders_wait_in_line(bench: Bench) -> None:
     bench.ready()
-    orders = [bench.send(planned(seq)) for seq in range(20)]
+    orders = [bench.send(fake_task(seq)) for seq in range(20)]
     assert [bench.next(BatchEnded).batch for _ in orders] == [order.batch for order in orders]
 
 
@@ -365,7 +347,7 @@ def test_a_worker_killed_while_it_waits_is_lost_once_and_can_start_again(bench: 
 
 def test_a_worker_killed_at_work_is_lost_once_and_can_start_again(bench: Bench) -> None:
     bench.ready()
-    bench.send(planned(0), planned(1, delay=600), planned(2))
+    bench.send(fake_task(0), fake_task(1, delay=600), fake_task(2))
     bench.next(WorkerBeat)
     bench.executor.kill(0)
     lost = bench.next(WorkerLost)
@@ -382,7 +364,7 @@ def test_calls_to_a_worker_that_is_gone_say_no_more_than_that(bench: Bench, monk
     bench.next(WorkerLost)
     bench.executor.kill(0)
     bench.executor.load(0)
-    bench.send(planned())
+    bench.send(fake_task())
     assert {type(event) for event in bench.executor.events(0.5)} <= {WorkerLost}
     assert bench.executor.events(0.5) == []
     bench.ready()
@@ -391,7 +373,7 @@ def test_calls_to_a_worker_that_is_gone_say_no_more_than_that(bench: Bench, monk
 
 def test_a_worker_that_breaks_over_an_order_is_lost_and_not_silent(bench: Bench) -> None:
     bench.ready()
-    bench.executor.send(0, WorkOrder(1, FAKE, bench.sink, (planned(0), planned(1)), attempts=(1,)))
+    bench.executor.send(0, WorkOrder(1, FAKE, bench.sink, (fake_task(0), fake_task(1)), attempts=(1,)))
     assert bench.next(WorkerLost).worker == 0
     bench.ready()
     assert bench.works()
@@ -438,7 +420,7 @@ def test_close_leaves_no_process_no_thread_and_no_open_file(
     elif state != "nothing started":
         bench.ready()
     if state == "at work":
-        bench.send(planned(delay=600))
+        bench.send(fake_task(delay=600))
         bench.next(WorkerBeat)
     pids = list(bench.executor.pids.values())
     bench.executor.close()
@@ -465,7 +447,7 @@ def test_a_thread_that_hangs_cannot_be_killed_and_says_what_to_do(
     monkeypatch.setattr(inline, "GRACE", 0.3)
     bench = Bench("inline", tmp_path)
     bench.ready()
-    bench.send(planned(hang=True))
+    bench.send(fake_task(hang=True))
     assert hanging.wait(TIMEOUT)
     bench.executor.kill(0)
     with pytest.raises(NoWorkersError, match="--isolate"):
@@ -491,8 +473,8 @@ def test_only_one_worker_runs_inside_a_process(tmp_path: Path) -> None:
 def test_a_crash_is_told_with_how_it_ended(processes_bench: Bench, how: str, words: str) -> None:
     bench = processes_bench
     bench.ready()
-    whole = bench.send(planned(0))
-    bench.send(planned(1), planned(2, crash=how))
+    whole = bench.send(fake_task(0))
+    bench.send(fake_task(1), fake_task(2, crash=how))
     assert bench.next(BatchEnded).batch == whole.batch
     lost = bench.next(WorkerLost)
     assert (lost.worker, lost.kind) == (0, "worker_lost")
@@ -522,7 +504,7 @@ def test_a_crash_while_loading_is_a_lost_worker(processes_bench: Bench) -> None:
 def test_a_hanging_worker_can_be_killed(processes_bench: Bench, how: Any) -> None:
     bench = processes_bench
     bench.ready()
-    bench.send(planned(0, delay=0.1), planned(1, hang=how))
+    bench.send(fake_task(0, delay=0.1), fake_task(1, hang=how))
     bench.next(WorkerBeat)
     bench.executor.kill(0)
     assert bench.next(WorkerLost).message == "killed by SIGKILL"
@@ -551,7 +533,7 @@ def test_a_stopped_worker_blocks_neither_the_driver_nor_the_others(processes_ben
     bench.ready(0)
     bench.ready(1)
     os.kill(bench.executor.pids[0], signal.SIGSTOP)
-    orders = [bench.send(planned(seq, prompt="x" * 2_000_000), worker=0, sink=none) for seq in range(25)]
+    orders = [bench.send(fake_task(seq, prompt="x" * 2_000_000), worker=0, sink=none) for seq in range(25)]
     assert bench.works(1)
     os.kill(bench.executor.pids[0], signal.SIGCONT)
     assert [bench.next(BatchEnded).batch for _ in orders] == [order.batch for order in orders]
@@ -561,7 +543,7 @@ def test_a_stopped_worker_can_be_killed(processes_bench: Bench) -> None:
     bench = processes_bench
     bench.ready()
     os.kill(bench.executor.pids[0], signal.SIGSTOP)
-    bench.send(planned(prompt="x" * 2_000_000))
+    bench.send(fake_task(prompt="x" * 2_000_000))
     bench.executor.kill(0)
     assert bench.next(WorkerLost).message == "killed by SIGKILL"
 
@@ -751,9 +733,8 @@ def lone_spec() -> WorkerSpec:
 
 
 def test_a_worker_leaves_when_its_pipe_ends_even_while_it_hangs(tmp_path: Path) -> None:
-    order = WorkOrder(1, FAKE, SinkSpec("none"), (planned(0, hang="spin"),), (1,))
     with LoneWorker(os.getpid(), tmp_path / "log") as worker:
-        worker.post(lone_spec(), wire.LoadModel(), order)
+        worker.post(lone_spec(), wire.LoadModel(), order_of(fake_task(hang="spin")))
         worker.hear(WorkerReady)
         ticks = processor_ticks(worker.process.pid)
         wait_for(lambda: processor_ticks(worker.process.pid) > ticks + 20, "the worker does not spin")

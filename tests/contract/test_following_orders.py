@@ -17,26 +17,18 @@ from imagemill.records import (
     BatchMade,
     Event,
     ModelSpec,
-    PlannedTask,
-    SinkSpec,
-    Task,
-    Ticket,
     WorkerSpec,
     WorkOrder,
 )
 from imagemill.runners.fake import FakeRunner
 from imagemill.worker import Inbox, Worker, serve
+from orders import FAKE, fake_task, order_of
 
-FAKE = ModelSpec(name="fake", folder="", runner="fake", family="fake", revision="r")
 SPEC = WorkerSpec(0, "cpu", "CPU 0", FAKE)
 
 
-def order(batch: int, model: ModelSpec = FAKE, **script: Any) -> WorkOrder:
-    task = Task(
-        id=str(batch), prompt="p", model="fake", width=16, height=16, steps=2, seed=1, metadata={"fake": script}
-    )
-    planned = PlannedTask(task, fingerprint=f"{batch:064x}", ticket=Ticket(batch, needs=("model:fake",)))
-    return WorkOrder(batch, model, SinkSpec("none"), (planned,), (1,))
+def order(batch: int, model: ModelSpec = FAKE) -> WorkOrder:
+    return order_of(fake_task(batch, steps=2), model=model, batch=batch)
 
 
 def by_process(messages: queue.SimpleQueue[Any], emit: Callable[[Event], None]) -> None:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagemill import models, plan, runners
+from imagemill import models, runners
 from imagemill.errors import BadTask
-from imagemill.inputs import digest_file
-from imagemill.records import PlannedTask, SinkSpec, Task, Ticket, WorkOrder
+from imagemill.records import Task
 from imagemill.runners import Result, similarity
+from orders import order_of, planned
 
 JUDGES = ("judge:reference", "judge:preservation")
 
@@ -37,11 +37,10 @@ def result_of(images: Sequence[str], judge: str = JUDGES[0], changed: bool = Fal
     spec = models.resolve(judge).spec
     runner = runners.create(spec.runner, "cpu", 1)
     task = Task("a", "compare", images=tuple(images))
-    print_ = plan.fingerprint(task, spec.revision, [digest_file(path) for path in images])
+    order = order_of(planned(task, spec.revision, 1), model=spec)
     if changed:
         noise(Path(images[0]), 99)
     runner.load(spec, lambda *_: None)
-    order = WorkOrder(1, spec, SinkSpec(), (PlannedTask(task, print_, Ticket(1)),), (1,))
     (result,) = runner.run(order, lambda *_: None)
     assert runner.resident == {f"model:{judge}"}
     runner.unload()
@@ -152,6 +151,6 @@ def test_an_order_for_another_judge_is_a_defect(tmp_path: Path) -> None:
     spec = models.resolve("judge:reference").spec
     runner = runners.create(spec.runner, "cpu", 1)
     runner.load(spec, lambda *_: None)
-    order = WorkOrder(1, replace(spec, name="judge:preservation"), SinkSpec(), (), ())
+    order = order_of(model=replace(spec, name="judge:preservation"))
     with pytest.raises(ValueError, match="is for model 'judge:preservation'"):
         list(runner.run(order, lambda *_: None))

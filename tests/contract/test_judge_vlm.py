@@ -12,13 +12,13 @@ import pytest
 import torch
 from tiny_judges import qwen2_5_vl, qwen3_vl, random_pictures
 
-from imagemill import Engine, InputError, models, plan, runners
+from imagemill import Engine, InputError, models, runners
 from imagemill.config import JudgeSettings
 from imagemill.errors import BadModel, BadTask, OutOfMemory
-from imagemill.inputs import digest_file
-from imagemill.records import ModelSpec, PlannedTask, SinkSpec, Task, Ticket, WorkOrder
+from imagemill.records import ModelSpec, Task, WorkOrder
 from imagemill.runners import Result, chat_model
 from imagemill.runners.judge_vlm import VisionLanguageRunner
+from orders import order_of, planned
 
 TOKENS = 12
 
@@ -56,18 +56,12 @@ def loaded(spec: ModelSpec) -> VisionLanguageRunner:
     return runner
 
 
-def order_of(tasks: Sequence[Task], spec: ModelSpec) -> WorkOrder:
-    planned = tuple(
-        PlannedTask(
-            task, plan.fingerprint(task, spec.revision, [digest_file(path) for path in task.images]), Ticket(seq)
-        )
-        for seq, task in enumerate(tasks)
-    )
-    return WorkOrder(1, spec, SinkSpec(), planned, (1,) * len(planned))
+def order_about(tasks: Sequence[Task], spec: ModelSpec) -> WorkOrder:
+    return order_of(*(planned(task, spec.revision, seq) for seq, task in enumerate(tasks)), model=spec)
 
 
 def judge(runner: VisionLanguageRunner, tasks: Sequence[Task], spec: ModelSpec) -> dict[int, Result]:
-    return {result.seq: result for result in runner.run(order_of(tasks, spec), lambda *_: None)}
+    return {result.seq: result for result in runner.run(order_about(tasks, spec), lambda *_: None)}
 
 
 def text_of(result: Result) -> str:
@@ -145,7 +139,7 @@ def test_the_pixel_budget_is_what_the_model_sees(folder: Path, pictures: list[st
     small, large = spec_of(folder, pixels=4096), spec_of(folder)
     runner = loaded(large)
     seen = [
-        len(runner._question(order_of([task], spec).tasks[0], spec).pictures[0].tobytes()) for spec in (small, large)
+        len(runner._question(order_about([task], spec).tasks[0], spec).pictures[0].tobytes()) for spec in (small, large)
     ]
     assert seen[0] <= 3 * 4096 < seen[1]
 
@@ -200,7 +194,7 @@ def test_out_of_memory_is_raised_for_the_scheduler_after_what_was_answered(
     monkeypatch.setattr(runner._model, "generate", short)
     answered = []
     with pytest.raises((OutOfMemory, torch.OutOfMemoryError)):
-        answered.extend(runner.run(order_of(twelve(pictures)[:4], spec), lambda *_: None))
+        answered.extend(runner.run(order_about(twelve(pictures)[:4], spec), lambda *_: None))
     assert len(calls) == 3
 
 
@@ -215,7 +209,7 @@ def test_a_run_that_is_stopped_stops_at_the_next_token(folder: Path, pictures: l
                 raise runners.Cancelled
 
     with pytest.raises(runners.Cancelled):
-        list(loaded(spec).run(order_of(twelve(pictures)[:1], spec), beat))
+        list(loaded(spec).run(order_about(twelve(pictures)[:1], spec), beat))
     assert steps == [1, 2, 3]
 
 

@@ -11,25 +11,23 @@ import pytest
 import torch
 from tiny_judges import qwen2_5_vl, qwen3_vl, random_pictures
 
-from imagemill import models, plan, runners
+from imagemill import models, runners
 from imagemill.config import JudgeSettings
 from imagemill.errors import BadTask, OutOfMemory
-from imagemill.inputs import digest_file
 from imagemill.records import (
     BatchEnded,
     BatchMade,
     Event,
     ModelSpec,
     PlannedTask,
-    SinkSpec,
     Task,
-    Ticket,
     WorkerSpec,
     WorkOrder,
 )
 from imagemill.runners import Result, judge_vlm, vision_inputs, vision_windows
 from imagemill.runners.judge_vlm import VisionLanguageRunner
 from imagemill.worker import Worker
+from orders import order_of, planned
 
 CPU = torch.device("cpu")
 SIZES = [(56, 140), (300, 90), (73, 131), (448, 448), (30, 33)]
@@ -75,8 +73,8 @@ def start() -> Iterator[Callable[..., VisionLanguageRunner]]:
         runner.unload()
 
 
-def order_of(spec: ModelSpec, pictures: list[str], *numbers: int) -> WorkOrder:
-    planned = []
+def order_about(spec: ModelSpec, pictures: list[str], *numbers: int) -> WorkOrder:
+    members = []
     for seq in numbers:
         task = Task(
             f"t{seq}",
@@ -84,9 +82,8 @@ def order_of(spec: ModelSpec, pictures: list[str], *numbers: int) -> WorkOrder:
             images=tuple(pictures[(seq + k) % len(pictures)] for k in range(1 + seq % 2)),
             system_prompt="be strict" if seq % 2 else None,
         )
-        digests = [digest_file(path) for path in task.images]
-        planned.append(PlannedTask(task, plan.fingerprint(task, spec.revision, digests), Ticket(seq)))
-    return WorkOrder(numbers[0], spec, SinkSpec(), tuple(planned), (1,) * len(planned))
+        members.append(planned(task, spec.revision, seq))
+    return order_of(*members, model=spec, batch=numbers[0])
 
 
 def fault_of(result: Result) -> Exception | None:
@@ -120,7 +117,7 @@ def test_inputs_made_apart_are_those_of_one_call_of_the_processor(
     made = vision_inputs.inputs_by(runner._processor, as_bytes=as_bytes)
     assert made.apart
     assert (made.values is not None) == as_bytes
-    order = order_of(spec, pictures, *range(6))
+    order = order_about(spec, pictures, *range(6))
     runner._inputs = vision_inputs.Inputs(runner._processor)
     questions = [runner._question(planned, spec) for planned in order.tasks]
     parts = [made.own(question.text, question.pictures, dtype) for question in questions]
@@ -152,7 +149,7 @@ def test_answers_are_the_same_for_a_processor_that_takes_only_whole_batches(
     folder: Path, pictures: list[str], start: Callable[..., VisionLanguageRunner]
 ) -> None:
     spec = spec_of(folder, batch_size=3)
-    runner, order = start(spec, ahead=False), order_of(spec, pictures, *range(6))
+    runner, order = start(spec, ahead=False), order_about(spec, pictures, *range(6))
     apart = answers(list(runner.run(order, lambda *_: None)))
     runner._inputs = vision_inputs.Inputs(runner._processor)
     assert answers(list(runner.run(order, lambda *_: None))) == apart
@@ -173,7 +170,7 @@ def test_tasks_are_prepared_on_several_threads(
         return question(planned, model)
 
     monkeypatch.setattr(runner, "_question", wait_for_others)
-    found = list(runner.run(order_of(spec, pictures, 0, 1, 2), lambda *_: None))
+    found = list(runner.run(order_about(spec, pictures, 0, 1, 2), lambda *_: None))
     assert [result.error for result in found] == [None] * 3
 
 
@@ -243,16 +240,16 @@ def test_the_next_order_is_prepared_while_the_one_before_is_asked(
         return generate(**inputs)
 
     monkeypatch.setattr(runner._model, "generate", wait_for_the_next)
-    first = list(runner.run(order_of(spec, pictures, 0, 1, 2), lambda *_: None))
+    first = list(runner.run(order_about(spec, pictures, 0, 1, 2), lambda *_: None))
     assert all(result.arrive is not None for result in first)
-    coming = runner.run(order_of(spec, pictures, 3, 4), lambda *_: None)
+    coming = runner.run(order_about(spec, pictures, 3, 4), lambda *_: None)
     second = [next(coming), next(coming)]
     assert asked == [2], "the first order is still with the device"
     ready.set()
     assert list(coming) == []
     landed = [result.landed() for result in first + second]
     alone = start(spec, ahead=False)
-    held = list(alone.run(order_of(spec, pictures, 0, 1, 2, 3, 4), lambda *_: None))
+    held = list(alone.run(order_about(spec, pictures, 0, 1, 2, 3, 4), lambda *_: None))
     assert answers(landed) == answers(held)
     assert sorted(result.batch_size for result in landed) == [1, 2, 2, 2, 2]
 
@@ -262,9 +259,9 @@ def test_run_ends_when_the_order_before_is_answered(
 ) -> None:
     spec = spec_of(folder)
     runner = start(spec, ahead=True)
-    first = list(runner.run(order_of(spec, pictures, 0), lambda *_: None))
+    first = list(runner.run(order_about(spec, pictures, 0), lambda *_: None))
     before = runner._flying
-    list(runner.run(order_of(spec, pictures, 1), lambda *_: None))
+    list(runner.run(order_about(spec, pictures, 1), lambda *_: None))
     assert before is not None
     assert before.done()
     assert first[0].landed().answer
@@ -284,8 +281,8 @@ def test_out_of_memory_ahead_costs_what_is_left_of_its_order_and_no_other(
         return generate(**inputs)
 
     monkeypatch.setattr(runner._model, "generate", short)
-    first = list(runner.run(order_of(spec, pictures, 0, 1, 2), lambda *_: None))
-    second = list(runner.run(order_of(spec, pictures, 3), lambda *_: None))
+    first = list(runner.run(order_about(spec, pictures, 0, 1, 2), lambda *_: None))
+    second = list(runner.run(order_about(spec, pictures, 3), lambda *_: None))
     faults = [fault for fault in map(fault_of, first) if fault is not None]
     assert [type(fault) for fault in faults] == [OutOfMemory] * 2
     assert {fault.__context__ for fault in faults} == {None}, "it would keep what the batch had on the device"
@@ -299,7 +296,7 @@ def test_a_task_that_cannot_be_asked_is_told_at_once(
     (tmp_path / "broken.png").write_bytes(b"no picture")
     spec = spec_of(folder)
     runner = start(spec, ahead=True)
-    found = list(runner.run(order_of(spec, [*pictures[:1], str(tmp_path / "broken.png")], 0, 1), lambda *_: None))
+    found = list(runner.run(order_about(spec, [*pictures[:1], str(tmp_path / "broken.png")], 0, 1), lambda *_: None))
     assert [type(result.error) for result in sorted(found, key=lambda result: result.seq)] == [type(None), BadTask]
 
 
@@ -315,7 +312,7 @@ def test_a_run_that_is_stopped_stops_the_thread_that_asks(
             if len(steps) == 2:
                 raise runners.Cancelled
 
-    (result,) = runner.run(order_of(spec, pictures, 0), beat)
+    (result,) = runner.run(order_about(spec, pictures, 0), beat)
     with pytest.raises(runners.Cancelled):
         result.landed()
     assert steps == [1, 2]
@@ -329,7 +326,7 @@ def test_stages_are_told_once_a_turn_and_preparation_once_a_task(
     folder: Path, pictures: list[str], start: Callable[..., VisionLanguageRunner], ahead: bool
 ) -> None:
     spec = spec_of(folder, batch_size=2)
-    found = list(start(spec, ahead=ahead).run(order_of(spec, pictures, 0, 1, 2, 3), lambda *_: None))
+    found = list(start(spec, ahead=ahead).run(order_about(spec, pictures, 0, 1, 2, 3), lambda *_: None))
     landed = [result.landed() for result in found]
     spans = [span for result in landed for span in result.spans]
     names = [span.stage for span in spans]
@@ -353,7 +350,7 @@ def test_a_worker_takes_the_next_order_while_answers_are_on_their_way(
     worker = Worker(WorkerSpec(0, "cpu", "CPU 0", spec, ahead=True), events.append, lambda: None)
     assert worker.load()
     for numbers in ((0, 1), (2, 3)):
-        worker.work(order_of(spec, pictures, *numbers))
+        worker.work(order_about(spec, pictures, *numbers))
     worker.close()
     ended = [event for event in events if isinstance(event, BatchEnded)]
     assert [event.batch for event in events if isinstance(event, BatchMade)][:1] == [0]

@@ -23,6 +23,7 @@ from imagemill.runners import Result, Untold
 from imagemill.saving import MAX_ANSWER
 from imagemill.wire import FrameReader, frame
 from imagemill.worker import Worker
+from orders import order_of
 
 
 def picture(path: Path, seed: int = 0) -> str:
@@ -254,7 +255,7 @@ def end_of(monkeypatch: pytest.MonkeyPatch, folder: Path, task: Task, **result: 
     monkeypatch.setattr(runners, "create", lambda *_: OddRunner(**result))
     worker = Worker(WorkerSpec(0, "cpu", "CPU 0", spec), events.append, lambda: None)
     planned = PlannedTask(task, "0" * 64, Ticket(1))
-    worker.work(WorkOrder(1, spec, SinkSpec(folder=str(folder)), (planned,), (1,)))
+    worker.work(order_of(planned, model=spec, sink=SinkSpec(folder=str(folder))))
     (ended,) = [event for event in events if isinstance(event, BatchEnded)]
     return ended
 

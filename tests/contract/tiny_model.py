@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from imagemill.records import Lora, ModelSpec, PlannedTask, SinkSpec, Task, Ticket, WorkOrder
+from imagemill.records import Lora, ModelSpec, PlannedTask, Task, Ticket
 from imagemill.runners import Result
 from imagemill.runners.diffusion import DiffusionRunner, create
+from orders import order_of
 from random_lora import make_lora
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,8 +51,7 @@ def planned(seq: int = 1, prompt: str = "a cat on a mat", **changes: Any) -> Pla
 
 
 def run(runner: DiffusionRunner, *members: PlannedTask, beat: Any = no_beat, model: ModelSpec = SPEC) -> list[Result]:
-    order = WorkOrder(batch=1, model=model, sink=SinkSpec(), tasks=members, attempts=(1,) * len(members))
-    return [result.landed() for result in runner.run(order, beat)]
+    return [result.landed() for result in runner.run(order_of(*members, model=model), beat)]
 
 
 def pixels(result: Result) -> Pixels:

@@ -13,9 +13,10 @@ from checks import AHEAD, after, at_start, golden_of, log_of
 
 import imagemill
 from imagemill.families.z_image import ZImage
-from imagemill.records import ModelSpec, PlannedTask, SinkSpec, Task, Ticket, WorkOrder
+from imagemill.records import ModelSpec, PlannedTask, Task, Ticket
 from imagemill.runners import tiles
 from imagemill.runners.diffusion import DiffusionRunner, create
+from orders import order_of
 from workplace import pixels, rows
 
 BATCHES = ("--batch-size", "4", "--workers", "1", "--isolate")
@@ -180,7 +181,7 @@ def test_the_runner_itself_serves_the_next_batch_after_it_ran_out(
     stage: str, runner: DiffusionRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = Task("a", "a", width=64, height=64, steps=1, guidance_scale=0.0, seed=1, model="tiny")
-    order = WorkOrder(1, ModelSpec("tiny", ""), SinkSpec(), (PlannedTask(task, "0" * 64, Ticket(0)),), (1,))
+    order = order_of(PlannedTask(task, "0" * 64, Ticket(0)), model=ModelSpec("tiny", ""))
     before = [result.landed() for result in runner.run(order, lambda *_: None)]
     with monkeypatch.context() as patch:
         Short(patch, stage, lambda *_: True)

@@ -14,17 +14,14 @@ from imagemill.records import (
     BatchEnded,
     BatchMade,
     Event,
-    ModelSpec,
     PlannedTask,
-    SinkSpec,
     Span,
-    Task,
-    Ticket,
     WorkOrder,
 )
 from imagemill.runners import Result
 from imagemill.saving import Saver
 from imagemill.sinks import Stored
+from orders import fake_task, order_of
 
 HELD = frozenset({"model:fake"})
 
@@ -60,10 +57,7 @@ class Desk:
 
 
 def order(*prompts: str) -> WorkOrder:
-    tasks = tuple(
-        PlannedTask(Task(str(seq), prompt, width=16, height=16), "", Ticket(seq)) for seq, prompt in enumerate(prompts)
-    )
-    return WorkOrder(9, ModelSpec("fake", ""), SinkSpec(), tasks, (2,) * len(tasks))
+    return order_of(*(fake_task(seq, prompt=prompt) for seq, prompt in enumerate(prompts)), batch=9, attempt=2)
 
 
 def made(seq: int) -> Result:
