@@ -1,7 +1,8 @@
-"""For every test: signals as a terminal has them, and a folder in which the real command works."""
+"""For every test: signals and output as a terminal has them, and a folder in which the real command works."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from workplace import Workplace
 
 def pytest_configure() -> None:
     """What was started with `nohup`, or in the background of a script, ignores signals, and so would every command that the
-    tests start."""
+    tests start. Output that is not buffered, as containers often have it, hides what goes wrong at a command's end."""
+    os.environ.pop("PYTHONUNBUFFERED", None)
     for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, usual)

@@ -320,12 +320,21 @@ def main() -> None:
     try:
         _command()
     except SystemExit as ended:
+        _drop_unread()
         if any(thread.name == WORKER_THREAD for thread in threading.enumerate()):
             # The worker inside this process is still computing: torn down under it, torch would abort the process.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1)
         raise
+
+
+def _drop_unread() -> None:
+    """Let go what nobody reads any more of standard error: at its end Python would try again to write it, and exit with 120."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _command() -> None:

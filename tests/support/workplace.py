@@ -34,7 +34,7 @@ for number, arguments in enumerate(json.load(sys.stdin)):
         sys.argv[1:] = arguments
         main()
         sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 """Runs each command of a list in a process of its own that has imported what every command needs."""
 
