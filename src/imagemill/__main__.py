@@ -15,6 +15,10 @@ def main() -> None:
         cli.main()
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        # Python remembers an interrupt that came inside code a library makes from text (dataclasses do, while they are
+        # imported), and would end by the signal whatever our exit code is. The next such code makes it forget.
+        exec("")
 
 
 def open_streams() -> None:

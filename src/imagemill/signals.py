@@ -51,7 +51,7 @@ def stop_signals(work: Stoppable, show: Progress) -> Iterator[list[int]]:
         if len(code) == 1:
             if not work.drain():
                 raise KeyboardInterrupt
-            say("stopping: what is in flight is finished; again to stop at once")
+            say("stopping: what is in flight is finished, a model that loads too; again to stop at once")
             return
         # What has ended by then is being closed: torn out of that, the command would leave no report.
         work.cancel()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -61,3 +63,18 @@ def test_an_interrupt_while_the_command_is_imported_leaves_no_traceback(monkeypa
     with pytest.raises(SystemExit) as ended:
         first_step.main()
     assert ended.value.code == 130
+
+
+def test_an_interrupt_inside_code_that_a_library_makes_from_text_ends_with_130_too(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from types import SimpleNamespace
+        import imagemill
+        from imagemill.__main__ import main
+        imagemill.cli = sys.modules["imagemill.cli"] = SimpleNamespace(main=lambda: exec("raise KeyboardInterrupt"))
+        main()
+    """
+    (tmp_path / "stopped.py").write_text(textwrap.dedent(script))
+    words = [sys.executable, "-m", "stopped"]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "")

@@ -226,7 +226,7 @@ def test_a_signal_in_the_middle_of_a_write_to_a_pipe_that_nobody_reads_breaks_no
         [sys.executable, "-c", IN_A_WRITE], env=environment, capture_output=True, timeout=60, check=False
     )
     assert ended.returncode == 0, ended.stderr.decode()
-    note = "stopping: what is in flight is finished; again to stop at once\n"
+    note = "stopping: what is in flight is finished, a model that loads too; again to stop at once\n"
     assert int(ended.stdout) == (1 << 20) + 1 + len(note)
 
 
