@@ -67,7 +67,7 @@ class ChangedTasksError(InputError):
         self.total = total
         self.what = f"{total} task{'s' if total > 1 else ''} changed under ids this folder already knows"
         lines = [self.what, *(f"  {line}" for line in self.differences)]
-        lines.append("give rerun_changed=True to make them again, or another out to keep both")
+        lines.append("give options=RunOptions(rerun_changed=True) to make them again, or another out to keep both")
         super().__init__("\n".join(lines))
 
 

@@ -150,8 +150,11 @@ def test_an_engine_takes_pictures_from_memory_and_goes_on_with_them(tmp_path: Pa
     lines = (tmp_path / "out" / "results.jsonl").read_text("utf-8").splitlines()
     assert all(Path(path).is_file() for line in lines for path in json.loads(line)["images"])
     tasks[0]["image"] = Image.new("RGB", (8, 8))
-    with pytest.raises(imagemill.InputError, match="1 tasks changed"):
+    with pytest.raises(imagemill.InputError, match="1 task changed") as told:
         imagemill.run(tasks, tmp_path / "out", model="fake")
+    assert "give options=RunOptions(rerun_changed=True)" in str(told.value)
+    again = imagemill.run(tasks, tmp_path / "out", model="fake", options=imagemill.RunOptions(rerun_changed=True))
+    assert (again.done, again.resumed) == (2, 1)
 
 
 def test_a_damaged_picture_from_memory_is_a_bad_row(tmp_path: Path) -> None:

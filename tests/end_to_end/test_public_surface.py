@@ -80,7 +80,7 @@ SIGNATURES = {
     ],
     "RunReport": [
         *("folder", "done", "failed", "pending", "resumed", "skipped", "seconds", "status", "message", "exit_code"),
-        "left_out",
+        *("left_out", "usual_failure"),
     ],
     "Task": [
         *("id", "prompt", "negative_prompt", "images", "model", "width", "height", "steps", "guidance_scale"),
@@ -205,8 +205,8 @@ def test_no_module_of_the_package_costs_torch(name: str) -> None:
 # --- which room may know which ----------------------------------------------------------------------------------------
 
 WORDS = {"records", "errors"}
-CORE = {"plan", "canvas", "schedule", "retry", "policies", "backlog", "simulate"}
-EDGES = {"api", "cli", "cli_eval", "server", "scoring", "report", "doctor", "listing", "forecast"}
+CORE = {"plan", "canvas", "schedule", "worker_state", "retry", "policies", "backlog", "simulate"}
+EDGES = {"__main__", "api", "cli", "cli_eval", "server", "scoring", "report", "doctor", "listing", "forecast"}
 HOSTS = {"torch", "diffusers", "transformers", "ray"}
 HOST_ROOMS = ("imagemill.runners.", "imagemill.families.", "imagemill.executors.ray")
 IMPURE = {

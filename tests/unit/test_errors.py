@@ -95,7 +95,7 @@ def test_changed_tasks_keep_their_differences() -> None:
     assert str(error).splitlines() == [
         "3 tasks changed under ids this folder already knows",
         "  cat: seed: 1 -> 2",
-        "give rerun_changed=True to make them again, or another out to keep both",
+        "give options=RunOptions(rerun_changed=True) to make them again, or another out to keep both",
     ]
     assert str(ChangedTasksError(["cat: seed: 1 -> 2"], 1)).startswith("1 task changed")
 
