@@ -71,6 +71,12 @@ def find_models(settings: Settings) -> Models:
     return Models(find, settings.model or DEFAULT_MODEL)
 
 
+def check(settings: Settings) -> None:
+    """Raises `InputError` for what no task can mend: GPUs where there are none, a model's name that means none."""
+    find_models(settings)
+    models.check_name(settings.model or DEFAULT_MODEL)
+
+
 def choose(settings: Settings, used: Sequence[models.Model], tasks: int | None) -> Choice:
     """The devices that the settings ask for and that hold every model; the CPU for judges without a model of their own.
 

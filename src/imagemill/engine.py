@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from imagemill import progress, sources
+from imagemill import crew, progress, sources
 from imagemill.config import Settings, settings_from
 from imagemill.errors import ConfigError, InputError
 from imagemill.loop import Run
@@ -55,6 +55,7 @@ class Engine:
             raise ConfigError("gpu_ids: names no GPU; leave it out (None) to use every GPU that holds the model")
         given = {"model": model, "gpus": gpus, "gpu_ids": gpu_ids, "workers": workers, "device": device}
         self.settings = settings_from(config, {**given, "isolate": isolate, "schedule": schedule, **settings})
+        crew.check(self.settings)
         self._progress = show or progress.Silent()
         self._roster = Roster(self.settings, self._progress, keep=keep)
         self._sitting: Sitting | None = None

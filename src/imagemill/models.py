@@ -181,16 +181,32 @@ def _model(spec: ModelSpec, chosen: Family, known: KnownModel | None) -> Model:
     return Model(spec, PlannedModel(spec.name, spec.revision, chosen, replace(chosen.defaults, **given)), known)
 
 
+def check_name(name: str) -> None:
+    """Raises `InputError` for a name that means no model, as far as that is known without a look at the hub or at weights."""
+    if name not in KNOWN and not judges.is_judge(name):
+        place = _place(name)
+        if isinstance(place, Path):
+            _read_index(place)
+
+
 def _locate(name: str, download: bool) -> tuple[Path, KnownModel | None]:
+    place = _place(name)
+    if isinstance(place, Path):
+        return place, None
+    known = next((model for model in KNOWN.values() if model.repo.lower() == place.lower()), None)
+    return _from_hub(known.repo if known else place, download), known
+
+
+def _place(name: str) -> Path | str:
+    """The folder that a name means which is not known, or the repository. Raises `InputError` when it is neither."""
     folder = Path(os.path.expanduser(name))
     # os.path: a name that no folder can have (too long, say) is that of none.
     if name and os.path.isdir(folder):
-        return folder, None
+        return folder
     if name and os.path.exists(folder):
         raise InputError(f"model {name!r} is a file; give the folder of a pipeline in diffusers format (with {INDEX})")
     if _REPO.fullmatch(name):
-        known = next((model for model in KNOWN.values() if model.repo.lower() == name.lower()), None)
-        return _from_hub(known.repo if known else name, download), known
+        return name
     if "/" in name or name.startswith((".", "~")):
         raise InputError(f"model {name!r}: there is no such folder; give one, a repository (org/name) or a known name")
     near = difflib.get_close_matches(name.lower(), KNOWN, n=3, cutoff=0.4) or list(KNOWN)

@@ -20,7 +20,7 @@ from PIL import Image
 
 import imagemill
 from command import descendants
-from imagemill import Engine, InputError, MultiGPUImageGenerator, Outcome, RunOptions, Task
+from imagemill import Engine, InputError, MultiGPUImageEditor, MultiGPUImageGenerator, Outcome, RunOptions, Task, devices
 from imagemill.generator import take_numbers
 
 READ_AHEAD = 16
@@ -350,6 +350,26 @@ def test_no_gpu_is_not_every_gpu() -> None:
             make(gpu_ids=[])
 
 
+def test_a_model_that_is_none_is_told_when_the_engine_is_made(tmp_path: Path) -> None:
+    for make in (Engine, MultiGPUImageGenerator):
+        with pytest.raises(InputError, match="model 'tinny' is not known; did you mean tiny"):
+            make(model="tinny", device="cpu")
+        with pytest.raises(InputError, match=r"has no model_index\.json"):
+            make(model=str(tmp_path), device="cpu")
+    Engine(model="some/repository", device="cpu").close()  # the hub is asked when the first run needs it
+
+
+@pytest.mark.skipif(bool(devices.gpus()), reason="this machine has a GPU")
+def test_gpus_where_there_are_none_are_told_when_the_engine_is_made() -> None:
+    for make in (
+        lambda: Engine(model="fake", gpus=2),
+        lambda: MultiGPUImageGenerator(num_gpus=2, model="fake"),
+        lambda: MultiGPUImageEditor(device_ids=[0], model_name="tiny-edit"),
+    ):
+        with pytest.raises(InputError, match="there is no NVIDIA GPU here"):
+            make()
+
+
 def test_without_a_name_pictures_go_to_a_folder_of_their_own() -> None:
     with fake_engine() as engine:
         folders = [str(engine.default_folder(source)) for source in ("birds.jsonl", "-", [{"prompt": "a"}], iter(()))]
@@ -469,7 +489,10 @@ def test_generate_batch_refuses_dicts_that_cannot_be_used(tasks: list[dict[str, 
     assert not list(here.rglob("*.png"))
 
 
-def test_the_older_scripts_ways_to_name_gpus_are_taken(here: Path) -> None:
+def test_the_older_scripts_ways_to_name_gpus_are_taken(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = tuple(devices.Gpu(index, f"GPU-{index}", "NVIDIA H100", 80 << 30, 79 << 30, "570") for index in range(8))
+    monkeypatch.setattr(devices, "gpus", lambda: there)
+    monkeypatch.setattr(devices, "torch_cuda", lambda: "13.0")
     for how in ({"num_gpus": 4}, {"gpu_ids": [0, 2, 4, 6]}):
         with MultiGPUImageGenerator(model="fake", **how) as made:
             assert made.generate_batch([]) == []
