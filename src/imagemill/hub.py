@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from imagemill.errors import InputError
+
+LONGEST = 200
+"""Characters of a failed download's reason that are told."""
 
 
 def folder(repo: str, download: bool, snapshot: Callable[[str, bool], Path], gap_of: Callable[[Path], str]) -> Path:
@@ -35,7 +40,8 @@ def folder(repo: str, download: bool, snapshot: Callable[[str, bool], Path], gap
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "none was asked for"
         raise InputError(f"model {repo!r}: {state}, and nothing is downloaded ({why}); {get}")
     try:
-        return snapshot(repo, False)
+        with _told_once():
+            return snapshot(repo, False)
     except errors.GatedRepoError as error:
         raise InputError(
             f"model {repo!r}: {state}, and the hub asks for consent first; accept its licence at "
@@ -43,9 +49,44 @@ def folder(repo: str, download: bool, snapshot: Callable[[str, bool], Path], gap
         ) from error
     # RuntimeError is what the hub's transfer library raises when the network fails
     except (errors.HTTPError, errors.EntryNotFoundError, errors.XetDownloadError, OSError, RuntimeError) as error:
-        raise InputError(f"model {repo!r}: {state}, and the download failed ({line(error)}); {get}") from error
+        raise InputError(f"model {repo!r}: {state}, and the download failed ({_why(error)}); {get}") from error
 
 
 def line(error: BaseException) -> str:
     """An error in one line, not too long."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _why(error: BaseException) -> str:
+    """The reason of a failed download in whole sentences, in the network's words where the hub's library hides them."""
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ is not None else error
+    text = " ".join(str(cause).split()) or type(cause).__name__
+    if len(text) > LONGEST:
+        end = text.rfind(". ", 0, LONGEST)
+        text = text[:end] if end > 0 else f"{text[:LONGEST].rsplit(' ', 1)[0]} ..."
+    return text if text.endswith("...") else text.rstrip(".")
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Of the warnings of the hub's library about a request that fails, two at each of its tries, one line is left."""
+    log, told = logging.getLogger("huggingface_hub"), False
+
+    def other(record: logging.LogRecord) -> bool:
+        nonlocal told
+        text = record.getMessage()
+        if "thrown while requesting" not in text and not text.startswith("Retrying in"):
+            return True
+        if not told:
+            told = True
+            log.warning("the hub does not answer; it is asked again for half a minute")
+        return False
+
+    handlers = list(log.handlers)
+    for handler in handlers:
+        handler.addFilter(other)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(other)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import struct
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import huggingface_hub
@@ -206,6 +208,58 @@ def test_a_model_that_cannot_be_had_says_where_it_was_looked_for_and_how_to_get_
     assert "\n" not in message
     assert str(cache) in message
     assert {"offline": "HF_HUB_OFFLINE", "not asked": "none was asked", "no network": "no network"}[way] in message
+
+
+def test_a_hub_that_does_not_answer_is_told_once_and_by_the_networks_own_words(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(repo: str, name: str, *, local_files_only: bool) -> str:
+        if local_files_only:
+            raise errors.LocalEntryNotFoundError("not here")
+        log = logging.getLogger("huggingface_hub.utils._http")
+        for seconds in (1, 2, 4):
+            log.warning("'%s' thrown while requesting HEAD %s", "[Errno 111] Connection refused", "https://hub")
+            log.warning(f"Retrying in {seconds}s [Retry 1/5].")
+        log.warning("something else")
+        refused = ConnectionError("[Errno 111] Connection refused")
+        raise errors.LocalEntryNotFoundError("An error happened. Please check your connection." * 9) from refused
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    logger, said = logging.getLogger("huggingface_hub"), StringIO()
+    handler = logging.StreamHandler(said)
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(InputError, match=r"the download failed \(\[Errno 111\] Connection refused\); get it with"):
+            resolve(REPO)
+        logger.warning("Retrying in 8s, said by somebody else")
+    finally:
+        logger.removeHandler(handler)
+    assert said.getvalue().splitlines() == [
+        "the hub does not answer; it is asked again for half a minute",
+        "something else",
+        "Retrying in 8s, said by somebody else",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("401 Client Error.\n\nRepository Not Found.", "401 Client Error. Repository Not Found"),
+        (f"No such thing. {'Please check it ' * 20}.", "No such thing"),
+        ("word " * 60, "word " * 39 + "word ..."),
+        ("", "OSError"),
+    ],
+)
+def test_the_reason_of_a_failed_download_ends_with_a_sentence(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, said: str, told: str
+) -> None:
+    def refuse(repo: str, name: str, *, local_files_only: bool) -> str:
+        raise errors.LocalEntryNotFoundError("not here") if local_files_only else OSError(said)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(InputError) as caught:
+        resolve(REPO)
+    assert f"the download failed ({told}); get it with" in str(caught.value)
 
 
 def test_an_incomplete_snapshot_is_completed_or_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
