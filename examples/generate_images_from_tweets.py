@@ -1,7 +1,7 @@
 """Pictures for a tweet batch: python generate_images_from_tweets.py FILE [NUM_GPUS].
 
-The command of the older multi-GPU script, over the library. Without a GPU it runs on the CPU. The pictures are named
-after the persona and the tweet's number. Run it again to do what is left.
+The command of the older multi-GPU script, over the library. Without a GPU it runs on the CPU, unless GPUs are asked for. The
+pictures are named after the persona and the tweet's number. Run it again to do what is left.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ def main(argv: list[str]) -> int:
 def devices(number: list[str]) -> dict[str, Any]:
     import torch
 
-    if not torch.cuda.is_available():
-        return {"device": "cpu"}
-    return {"device": "cuda", "gpus": int(number[0]) if number else "auto"}
+    if torch.cuda.is_available():
+        return {"device": "cuda", "gpus": int(number[0]) if number else "auto"}
+    if number:
+        raise imagemill.InputError("there is no GPU that torch can use here; leave NUM_GPUS out to run on the CPU")
+    return {"device": "cpu"}
 
 
 if __name__ == "__main__":

@@ -513,6 +513,18 @@ def test_the_example_script_makes_the_pictures_of_a_tweet_batch(root: Path, tmp_
     assert (tmp_path / "outputs" / "tweets" / "report.html").is_file()
 
 
+def test_the_example_script_refuses_gpus_that_are_not_there(root: Path, tmp_path: Path) -> None:
+    place = root / "examples"
+    command = [sys.executable, place / "generate_images_from_tweets.py", place / "tweets.json", "4"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == "error: there is no GPU that torch can use here; leave NUM_GPUS out to run on the CPU\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("arguments", [(), ("a", "b"), ("a", "1", "2")])
 def test_the_example_script_says_how_it_is_called(arguments: tuple[str, ...], root: Path) -> None:
     command = [sys.executable, root / "examples" / "generate_images_from_tweets.py", *arguments]
