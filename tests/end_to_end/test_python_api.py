@@ -20,7 +20,16 @@ from PIL import Image
 
 import imagemill
 from command import descendants
-from imagemill import Engine, InputError, MultiGPUImageEditor, MultiGPUImageGenerator, Outcome, RunOptions, Task, devices
+from imagemill import (
+    Engine,
+    InputError,
+    MultiGPUImageEditor,
+    MultiGPUImageGenerator,
+    Outcome,
+    RunOptions,
+    Task,
+    devices,
+)
 from imagemill.generator import take_numbers
 
 READ_AHEAD = 16
