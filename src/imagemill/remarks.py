@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from imagemill.config import Settings
+from imagemill.guidance import Guidance
 from imagemill.models import Model
 from imagemill.sources.columns import meant
 from imagemill.staging import Shape
@@ -17,7 +18,8 @@ def remarks(
     settings: Settings, used: Sequence[Model], shapes: Iterable[Shape], slips: Iterable[str] = ()
 ) -> tuple[str, ...]:
     """A line for each; `shapes` are those of the staged tasks, `slips` their columns that are nearly known ones."""
-    return (*untaken(settings, used), *untrained(used, shapes), *unknown(slips))
+    staged = list(shapes)
+    return (*untaken(settings, used), *unguided(used, staged), *untrained(used, staged), *unknown(slips))
 
 
 def unknown(slips: Iterable[str]) -> tuple[str, ...]:
@@ -42,6 +44,21 @@ def untaken(settings: Settings, used: Sequence[Model]) -> tuple[str, ...]:
         for option, (field, value) in given.items()
         if value is not None and used and not any(field in model.planned.family.fields for model in used)
     )
+
+
+def unguided(used: Sequence[Model], staged: Sequence[Shape]) -> tuple[str, ...]:
+    """A line for each model with tasks whose negative prompt changes nothing, since guidance is off in them."""
+    return tuple(
+        f"negative prompts change nothing in tasks of {model.spec.name} without guidance; give them a guidance_scale"
+        + (" or true_cfg_scale" if "true_cfg_scale" in model.planned.family.fields else "")
+        for model in used
+        if model.planned.defaults.negative_prompt is None
+        and any(kind.negative and not kind.runs(model.planned.family) for kind in _kinds(model, staged))
+    )
+
+
+def _kinds(model: Model, staged: Sequence[Shape]) -> set[Guidance]:
+    return {kind for one in staged if one.model == f"model:{model.spec.name}" for kind in one.guidance}
 
 
 def untrained(used: Sequence[Model], shapes: Iterable[Shape]) -> tuple[str, ...]:
