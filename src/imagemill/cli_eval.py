@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -258,6 +259,9 @@ def _evaluate(
 # --- what is said at the end ------------------------------------------------------------------------------------------
 
 
+LONGEST = 200
+"""Characters of a reason that the last words of an evaluation show."""
+
 UNANSWERED = ("parse_failed", "refused", "error")
 """What an item may be without a score that another answer of the judge would give it."""
 
@@ -272,14 +276,29 @@ def summary(report: EvalReport) -> list[str]:
     lines = [
         f"{found['edits']['done']} of {report.items} edits, {report.scored} scored (coverage {share(report.coverage)})"
     ]
+    rows = found["unscored"]["rows"]
     if report.failed_edits:
-        lines.append(f"{report.failed_edits} edits failed; the report says why, --retry-failed tries them again")
+        why = _usual([row for row in rows if row["status"] == "edit_failed"])
+        lines.append(
+            f"{report.failed_edits} edits failed{why}; the report tells of each, --retry-failed tries them again"
+        )
     if report.coverage < report.min_coverage:
         counts = ", ".join(f"{count} {name}" for name, count in overall["statuses"].items() if name != "ok")
         asked = any(overall["statuses"].get(name) for name in UNANSWERED)
         mend = "; --rejudge failed asks the judge again" if asked else "; the report says why"
         lines.append(f"coverage is below {share(report.min_coverage)} ({counts}){mend}")
+        if why := _usual([row for row in rows if row["status"] in UNANSWERED]):
+            lines.append(f"the judge's answers without a score{why}")
     scale = found["scale"]
     mean = f"{score(overall['mean'], scale)} [{span(overall['interval'], scale)}]"
     lines.append(f"mean {found['headline']} {mean}, macro mean {score(found['macro_mean'], scale)}")
     return [*lines, f"report: {report.page}"]
+
+
+def _usual(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`: REASON` of items without a score, or `, mostly: REASON` where they have several; empty without any."""
+    from imagemill.report.figures import cut
+
+    said = Counter(" ".join((row["message"] or row["text"]).split()) for row in rows)
+    reason = max(said, key=said.__getitem__, default="")
+    return f"{', mostly' * (len(said) > 1)}: {cut(reason, LONGEST)}" if reason else ""

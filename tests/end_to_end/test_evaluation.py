@@ -220,6 +220,7 @@ def test_nonsense_on_every_third_item_gives_two_thirds_of_coverage_and_a_mean_ov
     ended = place(*FAKE)
     assert ended.code == 1
     assert "coverage is below 98 % (3 parse_failed)" in ended.out
+    assert "the judge's answers without a score: no score found" in ended.out.splitlines()
     found = report(place)
     assert found["coverage"] == pytest.approx(2 / 3, abs=1e-6)
     assert found["overall"]["mean"] == 7.0
@@ -237,7 +238,8 @@ def test_an_edit_that_fails_and_a_source_that_does_not_read_have_no_score(place:
     (place.folder / "source3.png").write_bytes(b"")
     ended = place(*FAKE, "--controls")
     assert ended.code == 1
-    assert "1 edits failed" in ended.out
+    assert "1 edits failed: bad_task: scripted: bad_task in attempt 1; the report tells of each" in ended.out
+    assert "without a score" not in ended.out
     assert statuses(place) == {
         **{"e0": "ok", "e1": "edit_failed", "e2": "missing_image"},
         **{"e3": "missing_image", "e4": "ok", "e5": "ok"},

@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from imagemill import cli_eval
 from imagemill.cli import app
 from imagemill.cli_eval import FLAGS, with_lists
 from imagemill.errors import ConfigError
 from imagemill.records import Answer, Kind, Outcome, Receipt, Task
 from imagemill.scoring import controls, stage_settings
 from imagemill.scoring.ask import Ask, asks
+from imagemill.scoring.evaluation import EvalReport
 from imagemill.scoring.examiner import Examiner, examiner
 from imagemill.scoring.item import Item
 from imagemill.scoring.measures import Measure
@@ -243,6 +245,29 @@ def test_the_chart_puts_scores_at_their_share_of_the_scale() -> None:
     none, whole = chart_rows(summary)
     assert (whole.mean, whole.interval, whole.bounds, whole.controls) == (50, (40, 60), (25, 75), (("source", 50),))
     assert (none.mean, none.interval, none.bounds, none.controls) == (None, None, (0, 100), ())
+
+
+def test_the_last_words_give_the_usual_reason_in_one_line_of_bounded_length() -> None:
+    refused = "bad_task: the endpoint refuses with 401:\nno key" + "x" * 300
+    rows = [
+        {"status": "error", "message": refused, "text": ""},
+        {"status": "parse_failed", "message": "", "text": "I like turtles."},
+        {"status": "error", "message": refused, "text": ""},
+        {"status": "edit_failed", "message": "oom: no room", "text": ""},
+    ]
+    figures = {
+        **{"edits": {"done": 3}, "unscored": {"rows": rows}, "scale": [0, 10], "headline": "score", "macro_mean": None},
+        "overall": {"statuses": {"error": 2, "parse_failed": 1, "edit_failed": 1}, "mean": None, "interval": None},
+    }
+    report = EvalReport(Path("out"), 4, failed_edits=1, min_coverage=0.98, page=Path("p"), summary=figures)
+    _, failed, coverage, why, *_ = cli_eval.summary(report)
+    assert failed == "1 edits failed: oom: no room; the report tells of each, --retry-failed tries them again"
+    assert coverage.startswith("coverage is below 98 % (2 error, 1 parse_failed, 1 edit_failed)")
+    assert why.startswith(
+        "the judge's answers without a score, mostly: bad_task: the endpoint refuses with 401: no keyxxx"
+    )
+    assert why.endswith("x…")
+    assert len(why) < 260
 
 
 def test_categories_may_stand_in_a_row() -> None:
