@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any
 
 from imagemill.engine import Engine
-from imagemill.errors import InputError
+from imagemill.errors import InputError, TaskFileError
+from imagemill.records import Outcome
 from imagemill.sitting import RunOptions
 
 NUMBERS = ".imagemill.next"
@@ -91,16 +92,10 @@ class MultiGPUImageGenerator:
             row.pop("task_id", None)
         with tempfile.TemporaryDirectory(prefix="imagemill-") as scratch:
             options = RunOptions(overwrite=True, ledger=Path(scratch) / "ledger.sqlite")
-            return [
-                {
-                    "task_id": outcome.task.id,
-                    "success": outcome.ok,
-                    "output_path": outcome.path or None,
-                    "elapsed": outcome.elapsed,
-                    "error": None if outcome.ok else f"{outcome.kind}: {outcome.message}",
-                }
-                for outcome in self._engine.run(rows, root, options)
-            ]
+            try:
+                return [_result(outcome) for outcome in self._engine.run(rows, root, options)]
+            except TaskFileError as error:
+                raise _in_own_words(error) from error
 
     def _place(self, task: Mapping[str, Any], number: int) -> Path:
         given = task.get("output_path")
@@ -109,6 +104,26 @@ class MultiGPUImageGenerator:
             return self.output_dir / f"{number:06d}{suffix}"
         place = Path(os.path.abspath(os.path.expanduser(str(given))))
         return place if place.suffix else place.with_name(place.name + suffix)
+
+
+def _result(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "task_id": outcome.task.id,
+        "success": outcome.ok,
+        "output_path": outcome.path or None,
+        "elapsed": outcome.elapsed,
+        "error": None if outcome.ok else f"{outcome.kind}: {outcome.message}",
+    }
+
+
+def _in_own_words(error: TaskFileError) -> TaskFileError:
+    """The refusal without columns that no dict had and without options that only the command and `imagemill.run` have."""
+    lines = [
+        re.sub(r"(: is missing); the columns here are .* with --prompt-column$", r"\1; give one", line)
+        for line in error.problems
+    ]
+    mend = "; choose another output_path" if error.hint.startswith("choose another output_path") else ""
+    return TaskFileError(lines, error.total, f"nothing was started{mend}")
 
 
 def take_numbers(folder: Path, count: int) -> int:
@@ -127,7 +142,9 @@ def take_numbers(folder: Path, count: int) -> int:
         known = os.read(handle, 32).strip()
         used = (int(name.stem) for name in folder.iterdir() if NUMBERED.fullmatch(name.stem))
         first = max(int(known) if known.isdigit() else 0, max(used, default=-1) + 1)
-        os.pwrite(handle, f"{first + count}\n".encode(), 0)
+        following = f"{first + count}\n".encode()
+        os.pwrite(handle, following, 0)
+        os.ftruncate(handle, len(following))  # the file may have held anything
         return first
     except OSError as error:
         raise InputError(f"{folder / NUMBERS}: {error.strerror}; mend that, or give another output_dir") from error

@@ -451,6 +451,8 @@ def test_numbers_are_taken_by_many_threads_without_a_gap_or_a_double(tmp_path: P
     with ThreadPoolExecutor(8) as pool:
         taken = list(pool.map(lambda count: (take_numbers(tmp_path / "new", count), count), [1, 2, 3] * 20))
     assert sorted(number for first, count in taken for number in range(first, first + count)) == list(range(120))
+    (tmp_path / "new" / ".imagemill.next").write_text("no number at all")
+    assert [take_numbers(tmp_path / "new", 2) for _ in range(2)] == [0, 2]
     with pytest.raises(InputError, match=r"cannot be written to.*give another output_dir"):
         take_numbers(tmp_path / "new" / ".imagemill.next", 1)
 
@@ -462,6 +464,25 @@ def test_generate_batch_never_replaces_what_its_tasks_read(here: Path) -> None:
     with generator() as made, pytest.raises(InputError, match=r"photo\.png.*one of the files that the tasks read"):
         made.generate_batch([{"prompt": "bluer", "image": str(source), "output_path": "photo.png"}])
     assert source.read_bytes() == before
+
+
+def test_what_generate_batch_refuses_names_no_option_of_the_command_and_no_column_that_nobody_gave(here: Path) -> None:
+    Image.new("RGB", (64, 64)).save(here / "photo.png")
+    with generator() as made:
+        for task, told in (
+            ({"text": "an owl"}, ["task 1: prompt: is missing; give one", "nothing was started"]),
+            ({"prompt": "an owl", "steps": 0}, ["task 1: steps: is 0; 1 to 1000 are taken", "nothing was started"]),
+            (
+                {"prompt": "bluer", "image": "photo.png", "output_path": "photo"},
+                [
+                    "task 1: output_path 'photo.png': is one of the files that the tasks read",
+                    "nothing was started; choose another output_path",
+                ],
+            ),
+        ):
+            with pytest.raises(InputError) as refused:
+                made.generate_batch([task])
+            assert str(refused.value).splitlines() == told
 
 
 def test_generate_batch_replaces_files_and_leaves_nothing_else_behind(here: Path) -> None:
