@@ -342,23 +342,27 @@ def _command() -> None:
     try:
         app(arguments, prog_name="imagemill")
     except OutputError as error:
-        print(f"imagemill: {error}; what is done is kept: mend that, and the same command goes on", file=sys.stderr)
+        _say(f"imagemill: {error}; what is done is kept: mend that, and the same command goes on")
         sys.exit(error.exit_code)
     except ChangedTasksError as error:
         mend = "give --rerun-changed to make them again, or another --out to keep both"
-        print(
-            "\n".join([f"imagemill: {error.what}", *(f"  {line}" for line in error.differences), mend]), file=sys.stderr
-        )
+        _say("\n".join([f"imagemill: {error.what}", *(f"  {line}" for line in error.differences), mend]))
         sys.exit(error.exit_code)
     except ImagemillError as error:
-        print(f"imagemill: {error}", file=sys.stderr)
+        _say(f"imagemill: {error}")
         sys.exit(error.exit_code)
     except OSError as error:
         code, message = _told(error)
-        print(f"imagemill: {message}", file=sys.stderr)
+        _say(f"imagemill: {message}")
         sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _say(text: str) -> None:
+    """Print on standard error. Where that cannot be written the exit code says it alone."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _told(error: OSError) -> tuple[int, str]:

@@ -54,6 +54,12 @@ def test_what_cannot_be_printed_is_one_line(arguments: list[str], place: Workpla
     ]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full device is Linux's")
+def test_a_mistake_has_its_exit_code_where_no_word_of_it_can_be_printed(place: Workplace) -> None:
+    ended = started(place, "2>/dev/full", "plan", "missing.jsonl", "--model", "fake")
+    assert (ended.code, ended.out) == (2, "")
+
+
 def test_an_interrupt_while_the_command_is_imported_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
