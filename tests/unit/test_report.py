@@ -163,6 +163,13 @@ def test_results_hold_every_task_in_order_with_all_that_is_known(a_run: Path) ->
     assert lines[5]["kind"] is lines[5]["worker"] is lines[5]["sha256"] is None
 
 
+def test_only_what_is_done_has_a_path(a_run: Path) -> None:
+    lines = [json.loads(line) for line in write_reports(a_run).results.read_text("utf-8").splitlines()]
+    paths = {line["id"]: line["path"] for line in lines if line["state"] == "done"}
+    assert paths == {f"t{seq:04}": f"pictures/t{seq:04}.png" for seq in range(4)}
+    assert [(line["state"], line["path"]) for line in lines[4:]] == [("failed", None), ("pending", None)]
+
+
 def test_a_rebuild_from_the_same_ledger_gives_identical_bytes(a_run: Path) -> None:
     write_reports(a_run)
     first = {name: (a_run / name).read_bytes() for name in NAMES}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from imagemill.ledger import Ledger
-from imagemill.plan import ANSWER_SUFFIX
 
 TASK_FIELDS = (
     *("prompt", "negative_prompt", "images", "model", "width", "height", "steps", "guidance_scale", "true_cfg_scale"),
@@ -16,7 +15,7 @@ TASK_FIELDS = (
 )
 
 QUERY = (
-    "SELECT id, fingerprint, task, path, state, kind, message, attempts, worker, elapsed, receipt "
+    "SELECT id, fingerprint, task, state, kind, message, attempts, worker, elapsed, receipt "
     "FROM tasks ORDER BY run, position, id"
 )
 
@@ -37,7 +36,10 @@ def snapshot(ledger: Ledger) -> Iterator[None]:
 
 
 def results(ledger: Ledger) -> Iterator[dict[str, Any]]:
-    """Every task of the folder in the order of its source, those of an older source first."""
+    """Every task of the folder in the order of its source, those of an older source first.
+
+    `path` is where the picture of a done task is, relative to the folder; None for any other, and where no file was kept.
+    """
     for row in ledger.rows(QUERY):
         yield _result(row)
 
@@ -49,7 +51,7 @@ def _result(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": row["id"],
         "state": row["state"],
-        "path": _path(row, receipt),
+        "path": receipt.get("path") or None,
         **{name: task.get(name) for name in TASK_FIELDS},
         "attempts": row["attempts"],
         "worker": row["worker"] if settled else None,
@@ -66,10 +68,3 @@ def _result(row: dict[str, Any]) -> dict[str, Any]:
         **({"system_prompt": task["system_prompt"]} if task.get("system_prompt") is not None else {}),
         **({"answer": receipt["answer"]} if receipt.get("answer") else {}),
     }
-
-
-def _path(row: Mapping[str, Any], receipt: Mapping[str, Any]) -> str | None:
-    """Where the picture is, or is to be; None where no file is kept, as for an answer."""
-    if row["state"] == "done":
-        return receipt.get("path") or None
-    return None if row["path"].endswith(ANSWER_SUFFIX) else row["path"]
