@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import stat
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,14 +12,11 @@ from itertools import islice
 from pathlib import Path
 
 from imagemill.crashpoints import crash_point
-from imagemill.errors import FolderInUseError, InputError, OutputError
+from imagemill.errors import InputError, OutputError
 from imagemill.inputs import digest_file
+from imagemill.lock import FolderLock, make, sync
 from imagemill.records import Receipt
 from imagemill.sinks.files import TEMPORARY
-
-LOCK_NAME = ".imagemill.lock"
-LOCK_PATIENCE = 0.5
-"""Seconds: a child that a killed driver has only forked holds its lock until it is a program of its own."""
 
 PAGE = 1024
 """Pictures that are looked at together."""
@@ -33,64 +28,31 @@ DRAFT = re.compile(re.escape(TEMPORARY) + r"(\d{1,9})-(?:results\.jsonl|report\.
 class OutputFolder:
     """An output folder that this driver holds. Raises `FolderInUseError` when another one does.
 
-    The lock is the kernel's (flock): it ends with the process, however that ends. The folder itself is locked beside the
-    lock file, so that removing the file lets nobody in. Without `exclusive` none is taken; without `create` a folder that
-    is not there stays away, which is enough to look.
+    Without `exclusive` no lock is taken; without `create` a folder that is not there stays away, which is enough to look.
     """
 
     def __init__(self, path: Path, *, exclusive: bool = True, create: bool = True) -> None:
         self.path = path
-        self._locks: list[int] = []
+        self._lock: FolderLock | None = None
         self._unsynced: set[Path] = set()
         self._rooted: set[Path] = set()
         self._inside: dict[Path, bool] = {}
         try:
-            if create:
-                _make(path)
-            self._root = path.resolve()
             if exclusive:
-                self._take_lock()
+                self._lock = FolderLock(path, create=create)
+            elif create:
+                make(path)
+            self._root = path.resolve()
         except OSError as error:
             self.close()
             raise InputError(
                 f"{path}: cannot be used as output folder: {error.strerror}; give another --out"
             ) from error
 
-    def _take_lock(self) -> None:
-        crash_point("before-lock")
-        # Through a link it would empty what the link leads to.
-        lock = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        self._locks.append(lock)
-        try:
-            _lock(lock)
-            self._lock_folder()
-        except BlockingIOError:
-            holder = os.read(lock, 20).decode(errors="replace").strip()
-            self.close()
-            raise FolderInUseError(
-                f"{self.path}: another run works in this folder (pid {holder or 'unknown'}); wait for it or give another --out"
-            ) from None
-        # The kernel keeps the lock; the pid is for people, and a full disk may refuse it.
-        with suppress(OSError):
-            os.ftruncate(lock, 0)
-            os.write(lock, str(os.getpid()).encode())
-        crash_point("after-lock")
-
-    def _lock_folder(self) -> None:
-        folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._locks.append(folder)
-        try:
-            _lock(folder)
-        except BlockingIOError:
-            raise
-        except OSError:
-            # Some network file systems lock files only.
-            os.close(self._locks.pop())
-
     def close(self) -> None:
-        """Let the folder go."""
-        while self._locks:
-            os.close(self._locks.pop())
+        """Let the folder go. Where it was made for this driver, and holds nothing, it is removed."""
+        if self._lock is not None:
+            self._lock.close()
 
     def holds(self, relative: str) -> bool:
         """Whether the path stays inside the folder once links are followed; a link that leads round in a circle does not."""
@@ -147,7 +109,7 @@ class OutputFolder:
         """Make the renames since the last call survive a power cut."""
         crash_point("before-folder-sync")
         for folder in self._unsynced:
-            _sync(folder)
+            sync(folder)
         self._unsynced.clear()
         crash_point("after-folder-sync")
 
@@ -208,37 +170,6 @@ class OutputFolder:
         except OSError as error:
             raise OutputError(f"{path}: cannot be removed: {error.strerror}") from error
         return 1
-
-
-def _lock(handle: int) -> None:
-    """Lock the open file. Raises `BlockingIOError` when another process keeps it."""
-    deadline = time.monotonic() + LOCK_PATIENCE
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(0.02)
-
-
-def _make(path: Path) -> None:
-    """Make the folder and all above it; their names survive a power cut."""
-    made = [folder for folder in (path, *path.parents) if not folder.is_dir()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in made:
-        # Above may be a folder in which we may write and not look.
-        with suppress(PermissionError):
-            _sync(folder.parent)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _alive(pid: int) -> bool:

@@ -373,10 +373,21 @@ def test_report_refuses_a_folder_that_no_run_wrote(place: Workplace) -> None:
 @pytest.mark.parametrize(
     "row", [{"prompt": 7}, {"prompt": "a", "model": "gone"}, {"prompt": "a", "lora_path": "gone.safetensors"}], ids=str
 )
-def test_a_refused_run_leaves_a_new_folder_empty_but_for_the_lock(row: dict[str, Any], place: Workplace) -> None:
-    refused(place.fake(place.tasks([row])))
-    folder = place.folder / "out"
-    assert {path.name for path in folder.rglob("*")} <= {".imagemill.lock"} or not folder.exists()
+def test_a_refused_run_leaves_no_folder_behind(row: dict[str, Any], place: Workplace) -> None:
+    refused(place.fake(place.tasks([row]), "new/out"))
+    assert [path.name for path in place.folder.iterdir()] == ["tasks.jsonl"]
+
+
+def test_a_refused_evaluation_leaves_no_folder_behind(place: Workplace) -> None:
+    place.tasks([{"id": "a", "instruction": "make it night", "image": "gone.png", "category": 7}])
+    refused(place("eval", "tasks.jsonl", "--edit-model", "fake", "--judge", "reference", "--out", "new/out"))
+    assert [path.name for path in place.folder.iterdir()] == ["tasks.jsonl"]
+
+
+def test_a_refused_run_leaves_a_folder_that_was_there(place: Workplace) -> None:
+    (place.folder / "out").mkdir()
+    refused(place.fake(place.tasks([{"prompt": 7}])))
+    assert (place.folder / "out").is_dir()
 
 
 def test_a_folder_that_is_a_link_to_elsewhere_is_refused(place: Workplace) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 import imagemill
 from imagemill.errors import FolderInUseError, InputError
-from imagemill.publish import LOCK_NAME, OutputFolder
+from imagemill.lock import LOCK_NAME
+from imagemill.publish import OutputFolder
 from imagemill.records import Receipt
 
 SOURCES = str(Path(imagemill.__file__).parents[1])
@@ -41,8 +42,9 @@ def written(root: Path, one: Receipt, content: bytes = b"picture") -> Receipt:
 
 
 def test_a_folder_is_made_with_all_above_it(tmp_path: Path) -> None:
-    OutputFolder(tmp_path / "a" / "b").close()
+    folder = OutputFolder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
+    folder.close()
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
