@@ -270,6 +270,7 @@ class Intake:
                 )
 
     def _compare(self, *, rerun_changed: bool) -> Comparison:
+        self._ledger.staging.recall(self.folder.damaged, files=self._keeps_files)
         comparison = self._ledger.staging.compare()
         foreign = self._foreign_files()
         conflicts = self._ledger.staging.conflicts(self._ledger.run) + [line for _, line in foreign]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from imagemill import wire
+from imagemill import former, wire
 from imagemill.crashpoints import crash_point
 from imagemill.errors import ImagemillError, LedgerError, OutputError
 from imagemill.records import Outcome, PlannedTask, Receipt, Settle
@@ -90,13 +90,13 @@ class Ledger:
             name = f"{path.absolute().as_uri()}?mode=ro" if read_only else path
             self._db = sqlite3.connect(name, uri=read_only, isolation_level=None)
             try:
+                self._db.execute("PRAGMA temp_store = FILE")  # first: it drops what is temporary
                 self._prepare(read_only)
             except BaseException:
                 self._db.close()
                 raise
         except sqlite3.DatabaseError as error:
             raise self._refusal(error) from error
-        self._db.execute("PRAGMA temp_store = FILE")
         self.staging = Staging(self._db)
 
     def _refuse_links(self) -> None:
@@ -133,8 +133,12 @@ class Ledger:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
         self._fresh = new
-        if new:
-            self._db.executescript(f"BEGIN; {SCHEMA} INSERT INTO meta VALUES ('version', '{VERSION}'); COMMIT;")
+        if not new:
+            former.prepare(self._db, read_only=read_only)
+        else:
+            self._db.executescript(
+                f"BEGIN; {SCHEMA} {former.SCHEMA} INSERT INTO meta VALUES ('version', '{VERSION}'); COMMIT;"
+            )
 
     def _check(self) -> None:
         row = self._db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
@@ -296,10 +300,13 @@ class Ledger:
                     for a in attempts
                 ),
             )
+            taken = list(settled)
+            made = ((name, settle.receipt.path) for name, settle in taken if settle.receipt is not None)
+            former.forget(self._db, made)
             self._db.executemany(
                 "UPDATE tasks SET state = ?, kind = ?, message = ?, attempts = ?, worker = ?, elapsed = ?, settled = ?, "
                 "receipt = ? WHERE id = ?",
-                (_settled_row(name, settle, now) for name, settle in settled),
+                (_settled_row(name, settle, now) for name, settle in taken),
             )
             crash_point("in-commit")
             self._db.execute("COMMIT")

@@ -14,6 +14,7 @@ import sqlite3
 import stat
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -169,13 +170,28 @@ def _build(draft: Path, done: Repair) -> None:
         ledger.begin_run(wall + time.monotonic(), {"imagemill": __version__, "repaired": True}, machine())
         first = 0
         for page in _pages(done.folder):
-            first += _book(ledger, page, first, done, wall + time.monotonic())
+            for part in _once_each(page):
+                first += _book(ledger, part, first, done, wall + time.monotonic())
         done.rebuilt = ledger.counts().get("done", 0)
         ledger.end_run(wall + time.monotonic(), "done", {})
     except sqlite3.Error as error:
         raise OutputError(f"{draft}: the new ledger cannot be written ({error})") from error
     finally:
         ledger.close()
+
+
+def _once_each(page: Iterable[Found]) -> list[list[Found]]:
+    """The page in parts: no task has two whole pictures in one, the older come first. What the first part books is then kept
+    for those who go back to it."""
+    parts: list[list[Found]] = [[]]
+    whole: Counter[str] = Counter()
+    for found in page:
+        name = found.task.id if found.task is not None else ""
+        if whole[name] == len(parts):
+            parts.append([])
+        parts[whole[name]].append(found)
+        whole[name] += found.receipt is not None
+    return parts
 
 
 def _book(ledger: Ledger, page: Iterable[Found], first: int, done: Repair, now: float) -> int:

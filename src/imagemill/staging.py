@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from imagemill import wire
+from imagemill import former, wire
 from imagemill.changes import differences
 from imagemill.errors import LedgerError, OutputError
 from imagemill.guidance import Guidance, guidance
@@ -26,13 +26,23 @@ SHOWN = 20
 """How many rows of a long list an error shows in full."""
 
 TASK_COLUMNS = "position, id, fingerprint, task, needs, batch_group, cost, path, path_key"
-STAGING = """
-DROP TABLE IF EXISTS temp.incoming;
+FORGET = "DROP VIEW IF EXISTS temp.standing; DROP TABLE IF EXISTS temp.incoming;"
+STAGING = f"""
+{FORGET}
 CREATE TEMP TABLE incoming (
     position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, fingerprint TEXT NOT NULL, task TEXT NOT NULL,
     needs TEXT NOT NULL, batch_group TEXT NOT NULL, cost REAL NOT NULL, path TEXT NOT NULL,
-    path_key TEXT NOT NULL UNIQUE, place TEXT NOT NULL, guidance TEXT NOT NULL);
+    path_key TEXT NOT NULL UNIQUE, place TEXT NOT NULL, guidance TEXT NOT NULL, {former.MARKS});
+CREATE TEMP VIEW standing AS
+    SELECT i.*, t.task AS known,
+        CASE WHEN t.id IS NULL THEN 'new' WHEN i.was THEN f.state WHEN {former.DIFFERS} THEN 'changed' ELSE t.state
+        END AS state,
+        CASE WHEN i.was THEN f.kind ELSE t.kind END AS kind,
+        CASE WHEN i.was THEN f.receipt ELSE t.receipt END AS receipt
+    FROM incoming i LEFT JOIN tasks t ON t.id = i.id LEFT JOIN former f ON i.was AND {former.IS_FORMER};
 """
+"""`incoming` are the staged rows, with the marks of those that go back (former.py). `standing` is each of them with what it is
+to the folder: `new`, `changed`, or the state, the kind of failure and the receipt that are booked for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +138,7 @@ class Staging:
         kind = json.dumps(guidance(task.guidance_scale, task.true_cfg_scale, task.negative_prompt))
         values = (ticket.seq, task.id, planned.fingerprint, text.decode(), json.dumps(ticket.needs))
         values += (ticket.group, ticket.cost, path, path.casefold(), place, kind)  # type: ignore[assignment]
-        cursor = self._db.execute("INSERT OR IGNORE INTO incoming VALUES (?,?,?,?,?,?,?,?,?,?,?)", values)
+        cursor = self._db.execute("INSERT OR IGNORE INTO incoming VALUES (?,?,?,?,?,?,?,?,?,?,?,0,0)", values)
         if cursor.rowcount == 1:
             return None
         other = self._db.execute("SELECT place FROM incoming WHERE id = ?", (task.id,)).fetchone()
@@ -144,32 +154,33 @@ class Staging:
         self._db.execute("DELETE FROM incoming WHERE position >= ?", (position,))
 
     @staged()
+    def recall(self, damaged: Callable[[Iterable[tuple[str, str, str]]], Iterable[str]], *, files: bool) -> None:
+        """Take each row that goes back to what its task was as what it was then, unless its picture has been replaced.
+
+        `damaged` tells the ids of pictures (id, path, sha256) that are no longer whole: those stay changed, and so do, where
+        `files` are wanted, tasks whose pictures were not kept.
+        """
+        former.mark(self._db, files=files)
+        former.unmark(self._db, list(damaged(former.pictures(self._db))))
+
+    @staged()
     def compare(self) -> Comparison:
         """What the staged rows mean for this folder. Reads only."""
         db = self._db
-        total = db.execute("SELECT count(*) FROM incoming").fetchone()[0]
-        joined = "FROM incoming i JOIN tasks t USING (id)"
-        same = "i.fingerprint = t.fingerprint AND i.path = t.path"
-        states = dict(db.execute(f"SELECT t.state, count(*) {joined} WHERE {same} GROUP BY t.state"))
-        failed = dict(
-            db.execute(f"SELECT t.kind, count(*) {joined} WHERE {same} AND t.state = 'failed' GROUP BY t.kind")
-        )
-        rows = db.execute(f"SELECT i.place, i.id, t.task, i.task {joined} WHERE NOT ({same}) ORDER BY i.position")
+        states = dict(db.execute("SELECT state, count(*) FROM standing GROUP BY state"))
+        failed = dict(db.execute("SELECT kind, count(*) FROM standing WHERE state = 'failed' GROUP BY kind"))
+        changed = "SELECT place, id, known, task FROM standing WHERE state = 'changed' ORDER BY position LIMIT ?"
         shown: list[str] = []
-        changed = 0
-        for place, name, old, new in rows:
-            changed += 1
-            if len(shown) < SHOWN:
-                parts = differences(json.loads(old), json.loads(new)) or [_unseen(json.loads(new))]
-                shown.append(f"{place} (id {name!r}): {'; '.join(parts)}")
-        known = sum(states.values())
+        for place, name, old, new in db.execute(changed, (SHOWN,)):
+            parts = differences(json.loads(old), json.loads(new)) or [_unseen(json.loads(new))]
+            shown.append(f"{place} (id {name!r}): {'; '.join(parts)}")
         return Comparison(
-            total=total,
-            new=total - known - changed,
+            total=sum(states.values()),
+            new=states.get("new", 0),
             pending=states.get("pending", 0),
             done=states.get("done", 0),
             failed=failed,
-            changed=changed,
+            changed=states.get("changed", 0),
             differences=tuple(shown),
         )
 
@@ -206,48 +217,41 @@ class Staging:
         ]
 
     def done(self) -> Iterator[tuple[str, str, str]]:
-        """(id, path, sha256) of every staged task that the folder holds as done."""
+        """(id, path, sha256) of every staged task that the folder holds as done; not of those that `recall` has looked at."""
         with staged():
-            rows = self._db.execute(
-                "SELECT t.id, t.path, json_extract(t.receipt, '$.sha256') FROM incoming i JOIN tasks t USING (id) "
-                "WHERE t.state = 'done' AND i.fingerprint = t.fingerprint AND i.path = t.path"
+            yield from self._db.execute(
+                "SELECT id, path, json_extract(receipt, '$.sha256') FROM standing WHERE state = 'done' AND NOT was"
             )
-            yield from rows
 
     def settled(self) -> Iterator[tuple[str, str]]:
         """(id, kind of failure) of every staged task that the folder holds as done, with an empty kind, or as failed."""
         with staged():
-            yield from self._db.execute(
-                "SELECT t.id, ifnull(t.kind, '') FROM incoming i JOIN tasks t USING (id) "
-                "WHERE t.state != 'pending' AND i.fingerprint = t.fingerprint AND i.path = t.path"
-            )
+            yield from self._db.execute("SELECT id, ifnull(kind, '') FROM standing WHERE state IN ('done', 'failed')")
 
     def unkept(self) -> Iterator[str]:
         """The id of every staged task that a run with the sink `none` has done: its picture was not kept."""
         with staged():
             rows = self._db.execute(
-                "SELECT t.id FROM incoming i JOIN tasks t USING (id) "
-                "WHERE t.state = 'done' AND i.fingerprint = t.fingerprint AND i.path = t.path "
-                "AND json_extract(t.receipt, '$.sha256') = '' AND json_extract(t.receipt, '$.answer') IS NULL"
+                "SELECT id FROM standing WHERE state = 'done' "
+                "AND json_extract(receipt, '$.sha256') = '' AND json_extract(receipt, '$.answer') IS NULL"
             )
             for (name,) in rows:
                 yield name
 
     def new(self) -> Iterator[tuple[str, str]]:
-        """(place, path) of every staged task whose path is that of no task the folder knows."""
+        """(place, path) of every staged task whose path is that of no task the folder knows, nor holds its own older picture."""
         with staged():
             yield from self._db.execute(
-                "SELECT place, path FROM incoming i "
-                "WHERE NOT EXISTS (SELECT 1 FROM tasks t WHERE t.path_key = i.path_key) ORDER BY position"
+                "SELECT place, path FROM incoming i WHERE NOT own "
+                "AND NOT EXISTS (SELECT 1 FROM tasks t WHERE t.path_key = i.path_key) ORDER BY position"
             )
 
     def tasks(self) -> Iterator[tuple[PlannedTask, str, str]]:
         """(task, state, kind of failure) of every staged task in order; the state is `new`, `changed` or what is known."""
         with staged():
             rows = self._db.execute(
-                "SELECT i.position, i.fingerprint, i.task, i.needs, i.batch_group, i.cost, CASE WHEN t.id IS NULL THEN 'new' "
-                "WHEN i.fingerprint != t.fingerprint OR i.path != t.path THEN 'changed' ELSE t.state END, ifnull(t.kind, '') "
-                "FROM incoming i LEFT JOIN tasks t USING (id) ORDER BY i.position"
+                "SELECT position, fingerprint, task, needs, batch_group, cost, state, ifnull(kind, '') "
+                "FROM standing ORDER BY position"
             )
             for position, print_, task, needs, group, cost, state, kind in rows:
                 yield from_row(position, print_, task, needs, group, cost), state, kind
@@ -259,21 +263,22 @@ class Staging:
         `retry` are kinds of failures to try again, `again` ids whose pictures are gone or altered.
         """
         db = self._db
+        former.keep(db)
+        # A changed task may take the path of another changed one: free all their paths before any is set.
+        db.execute(
+            "UPDATE tasks SET path_key = char(0) || tasks.id FROM incoming i WHERE i.id = tasks.id AND i.path != tasks.path"
+        )
+        db.execute(
+            "UPDATE tasks AS t SET state = 'pending', fingerprint = i.fingerprint, task = i.task, path = i.path, "
+            "path_key = i.path_key, attempts = 0, receipt = NULL, kind = NULL, message = NULL "
+            f"FROM incoming i WHERE i.id = t.id AND {former.DIFFERS}"
+        )
+        former.bring_back(db)
         reopen = "UPDATE tasks SET state = 'pending', kind = NULL, message = NULL, receipt = NULL, elapsed = NULL"
         db.executemany(f"{reopen} WHERE id = ?", ((name,) for name in again))
         db.executemany(
             f"{reopen} WHERE state = 'failed' AND kind = ? AND id IN (SELECT id FROM incoming)",
             ((kind,) for kind in retry),
-        )
-        # A changed task may take the path of another changed one: free all their paths before any is set.
-        differs = "(i.fingerprint != tasks.fingerprint OR i.path != tasks.path)"
-        db.execute(
-            "UPDATE tasks SET path_key = char(0) || tasks.id FROM incoming i WHERE i.id = tasks.id AND i.path != tasks.path"
-        )
-        db.execute(
-            "UPDATE tasks SET state = 'pending', fingerprint = i.fingerprint, task = i.task, path = i.path, "
-            f"path_key = i.path_key, attempts = 0, receipt = NULL, kind = NULL, message = NULL "
-            f"FROM incoming i WHERE i.id = tasks.id AND {differs}"
         )
         db.execute(
             "UPDATE tasks SET run = ?, position = i.position, task = i.task, needs = i.needs, "
@@ -286,7 +291,7 @@ class Staging:
             (run,),
         )
         db.execute("COMMIT")
-        db.execute("DROP TABLE temp.incoming")
+        db.executescript(FORGET)
 
     def abandon(self) -> None:
         """Forget what was staged."""

@@ -254,6 +254,48 @@ def test_rerun_changed_makes_them_and_only_them_again(done: Workplace) -> None:
     assert "6 done (0 in this run" in again.out
 
 
+STEPS = ("--steps", "2", "--rerun-changed")
+
+
+def test_a_change_that_is_stopped_while_workers_load_takes_no_picture_away(
+    done: Workplace, wait_until: Callable[..., Any]
+) -> None:
+    before, results = inodes(done.folder / "out"), done.results()
+    load = json.dumps({"delay": 600})
+    running = done.start_fake("tasks.jsonl", "out", "--workers", "2", *STEPS, IMAGEMILL_FAKE_LOAD=load)
+    wait_until(lambda: len(running.children()) == 2)
+    running.signal(signal.SIGINT)
+    assert running.wait().code == 130
+    assert set(done.states().values()) == {"pending"}
+    for options in ((), ("--rerun-changed",)):
+        assert "6 pictures, 0 to do" in done.fake("tasks.jsonl", "out", "--dry-run", *options).out
+    assert "6 pictures, 6 to do" in done.fake("tasks.jsonl", "out", "--dry-run", *STEPS).out
+    back = done.fake("tasks.jsonl")
+    assert back.code == 0, back.text
+    assert "6 done (0 in this run" in back.out
+    assert inodes(done.folder / "out") == before
+    assert done.results() == results
+
+
+def test_of_a_change_that_is_broken_off_only_the_new_pictures_are_made_again(done: Workplace) -> None:
+    before, pixels = inodes(done.folder / "out"), done.pixels()
+    # One picture has the other's name, and is not booked: it is not the one that the ledger speaks of.
+    died = done.fake("tasks.jsonl", "out", *STEPS, IMAGEMILL_CRASH_AT="after-rename:2")
+    assert died.code == -signal.SIGKILL
+    replaced = {name for name, now in inodes(done.folder / "out").items() if now != before[name]}
+    assert len(replaced) == 2
+    assert "6 pictures, 2 to do" in done.fake("tasks.jsonl", "out", "--dry-run", "--rerun-changed").out
+    refused = done.fake("tasks.jsonl")
+    assert refused.code == 2
+    assert "2 tasks changed" in refused.err
+    back = done.fake("tasks.jsonl", "out", "--rerun-changed")
+    assert back.code == 0, back.text
+    assert "6 done (2 in this run" in back.out
+    after = inodes(done.folder / "out")
+    assert {name for name in before if after[name] != before[name]} == replaced
+    assert done.pixels() == pixels
+
+
 def test_two_changed_tasks_may_swap_their_paths(place: Workplace) -> None:
     first = [{"id": "a", "prompt": "x", "output_path": "1.png"}, {"id": "b", "prompt": "y", "output_path": "2.png"}]
     assert place.fake(place.tasks(first)).code == 0

@@ -84,6 +84,8 @@ ENDS = st.sampled_from(
     ["done"] * 6 + ["transient", "transient", "oom", "bad_output", "worker_lost", "bad_task", "nothing"]
 )
 PICK = st.integers(0, 11)
+CHANGES = st.sampled_from([None, None, 0, 1])
+"""What tasks are from now on; None: what they were."""
 
 
 def planned(seq: int, adapters: int, changed: int = 0) -> PlannedTask:
@@ -417,6 +419,10 @@ class Mill(RuleBasedStateMachine):
         self.lives = 0
         self.place = Path(self.scratch.name) / "0"
         self.known: dict[str, str] = {}  # what the ledger must hold: id → done, or a kind of failure
+        self.changed = 0  # what the tasks are now
+        self.former: dict[
+            tuple[str, int], str
+        ] = {}  # what it must hold of what they were, until there is a new picture
         self.clock = Clock()
         self.patch = patch("imagemill.loop.time", self.clock)
         self.patch.start()
@@ -436,15 +442,19 @@ class Mill(RuleBasedStateMachine):
 
     # --- a run begins and ends ------------------------------------------------------------------------------------------
 
-    def begin(self, retry: Sequence[str]) -> None:
+    def begin(self, retry: Sequence[str], changed: int | None = None) -> None:
         """As the engine does: stage, compare, sweep, begin, apply."""
         self.folder = OutputFolder(self.place)
         self.ledger = Ledger(self.place / FILE_NAME)
+        wanted = self.changed if changed is None else changed
         staging = self.ledger.staging
         staging.begin()
-        for one in self.tasks:
-            assert staging.add(one, one.task.id) is None
+        for seq in range(len(self.tasks)):
+            assert staging.add(planned(seq, 3, wanted), f"t{seq}") is None
+        staging.recall(self.folder.damaged, files=True)
         self.check_ledger()
+        if wanted != self.changed:
+            self.change(wanted)
         again = list(self.folder.damaged(staging.done()))
         self.folder.sweep(self.ledger.open_folders())
         self.ledger.begin_run(self.clock.now, {}, {})
@@ -453,6 +463,30 @@ class Mill(RuleBasedStateMachine):
         self.check_ledger()
         self.handed: list[int] = []
         self.start_run()
+
+    def change(self, changed: int) -> None:
+        """Other content under the old ids: known is what was booked for it, if the picture of that is still there."""
+        self.former |= {(name, self.changed): state for name, state in self.known.items()}
+        self.changed = changed
+        self.tasks = [planned(seq, 3, changed) for seq in range(len(self.tasks))]
+        self.known = {
+            one.task.id: state
+            for one in self.tasks
+            if (state := self.former.get((one.task.id, changed), "")) and (state != "done" or self.is_there(one))
+        }
+        self.former = {
+            key: state for key, state in self.former.items() if key[1] != changed or key[0] not in self.known
+        }
+
+    def is_there(self, one: PlannedTask) -> bool:
+        place = self.place / (one.task.output_path or "")
+        return place.is_file() and place.read_bytes() == content(one)
+
+    def book(self, known: dict[str, str]) -> None:
+        """This is what the ledger holds now; a new picture is in the place of all that the task's were."""
+        made = {name for name, state in known.items() if state == "done" and self.known.get(name) != "done"}
+        self.former = {key: state for key, state in self.former.items() if key[0] not in made}
+        self.known = known
 
     def start_run(self) -> None:
         scheduler = Watched({n: f"GPU {n}" for n in range(self.workers)}, self.policy, 2, self.limits)
@@ -517,7 +551,7 @@ class Mill(RuleBasedStateMachine):
     def close_run(self) -> None:
         """The run is over: what was settled is all on disk, and no half file is left."""
         assert self.run.halt is not None
-        self.known = self.expected()
+        self.book(self.expected())
         self.check_ledger()
         done = "SELECT path, json_extract(receipt, '$.sha256') AS sha256 FROM tasks WHERE state = 'done'"
         for row in self.ledger.rows(done):
@@ -684,8 +718,8 @@ class Mill(RuleBasedStateMachine):
         self.turn()
         assert len(self.world.dispatches) == before, "something starts after the signal"
 
-    @rule(garbage=st.binary(max_size=64), halfway=st.booleans(), retry=st.booleans())
-    def the_driver_dies(self, garbage: bytes, halfway: bool, retry: bool) -> None:
+    @rule(garbage=st.binary(max_size=64), halfway=st.booleans(), retry=st.booleans(), changed=CHANGES)
+    def the_driver_dies(self, garbage: bytes, halfway: bool, retry: bool, changed: int | None) -> None:
         """What the kernel holds of the files is all that is left: pictures may be ahead of the ledger."""
         self.half_written()
         if halfway:
@@ -711,17 +745,20 @@ class Mill(RuleBasedStateMachine):
         assert survived.items() <= may.items(), "the ledger holds what never was"
         assert self.known.items() <= survived.items(), "what was done before is forgotten"
         assert handed <= survived.keys(), "what was handed out is forgotten"
-        self.known = survived
-        self.begin(("oom", "transient") if retry else ())
+        self.book(survived)
+        self.begin(("oom", "transient") if retry else (), changed)
 
     @precondition(lambda self: not self.going)
     @rule(
         gone=st.frozensets(PICK, max_size=3),
         more=st.integers(0, 3),
         retry=st.sampled_from([(), ("oom", "worker_lost")]),
+        changed=CHANGES,
     )
-    def the_same_command_again(self, gone: frozenset[int], more: int, retry: tuple[str, ...]) -> None:
-        """Pictures were deleted or altered meanwhile, the source has more rows."""
+    def the_same_command_again(
+        self, gone: frozenset[int], more: int, retry: tuple[str, ...], changed: int | None
+    ) -> None:
+        """Pictures were deleted or altered meanwhile, the source has more rows, or others under the same ids."""
         self.close_run()
         self.ledger.close()
         self.folder.close()
@@ -729,8 +766,22 @@ class Mill(RuleBasedStateMachine):
             path = self.place / f"t{seq}.png"
             if path.exists():
                 path.unlink() if seq % 2 else path.write_bytes(b"altered")
-        self.tasks += [planned(seq, 3) for seq in range(len(self.tasks), min(len(self.tasks) + more, 14))]
-        self.begin(retry)
+        self.tasks += [planned(seq, 3, self.changed) for seq in range(len(self.tasks), min(len(self.tasks) + more, 14))]
+        self.begin(retry, changed)
+
+    @precondition(lambda self: not self.going)
+    @rule(replaced=st.frozensets(PICK, max_size=3), other=st.integers(1, 2))
+    def other_settings_are_tried_and_taken_back(self, replaced: frozenset[int], other: int) -> None:
+        """The run between them dies before it books anything; by then some of its pictures have their names."""
+        self.close_run()
+        before = self.changed
+        for changed, names in (((before + other) % 3, replaced), (before, frozenset[int]())):
+            self.ledger.close()
+            self.folder.close()
+            self.begin((), changed)
+            for one in self.tasks:
+                if one.ticket.seq in names and one.task.id not in self.known:
+                    (self.place / f"{one.task.id}.png").write_bytes(content(one))
 
     # --- always ---------------------------------------------------------------------------------------------------------
 
@@ -753,7 +804,7 @@ class Mill(RuleBasedStateMachine):
         self.ledger.close()
         self.folder.close()
         before = dict(self.known)
-        self.tasks += [planned(seq, 3) for seq in range(len(self.tasks), len(self.tasks) + LAST_TASKS)]
+        self.tasks += [planned(seq, 3, self.changed) for seq in range(len(self.tasks), len(self.tasks) + LAST_TASKS)]
         self.begin(())
         self.go_on_calmly()
         self.close_run()

@@ -305,6 +305,9 @@ def test_of_two_pictures_of_one_task_the_newer_counts(made: Any) -> None:
     ended = made.fake("tasks.jsonl")
     assert ended.code == 0, ended.text
     assert f"{COUNT} done (0 in this run" in ended.out
+    back = made.fake(made.tasks(rows(COUNT)), "out")
+    assert back.code == 0, back.text
+    assert f"{COUNT} done (0 in this run" in back.out, "the older one is still there for who goes back to it"
 
 
 def test_long_lists_are_counted_whole_and_shown_in_part(tmp_path: Path) -> None:
