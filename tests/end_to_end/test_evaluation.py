@@ -86,7 +86,8 @@ def done(place: Workplace, stage: str) -> int:
 
 
 def test_all_edits_come_before_all_judgments_and_each_model_is_loaded_once_a_worker(place: Workplace) -> None:
-    bench(place, 12, lambda number: {"delay": 0.4})
+    bench(place, 12)
+    # in lockstep nothing starts before both workers are there
     ended = place(*FAKE, "--workers", "2", "--schedule", "lockstep")
     assert ended.code == 0, ended.text
     found = report(place)
