@@ -21,9 +21,7 @@ from imagemill.scoring.benchmarks import LANGUAGES, formats, read_benchmark, sel
 from imagemill.scoring.item import Item
 
 ROOT = Path(__file__).parents[2]
-SHARED = Path("/work/shared/data/edit")
-if not SHARED.is_dir():
-    SHARED = ROOT.parent / "shared/data/edit"
+SHARED = ROOT.parent / "shared/data/edit"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not here")
 
 
