@@ -301,6 +301,8 @@ def summary(report: RunReport) -> str:
     if report.pending:
         on = "" if report.status == "bad_model" else "; the same command goes on"
         lines.append(f"{report.pending} not reached{on}")
+    if report.older:
+        lines.append(report.older)
     return "\n".join(lines)
 
 

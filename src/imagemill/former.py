@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS former (
@@ -30,6 +32,9 @@ IS_FORMER = f"{AT_PLACE} AND f.fingerprint = i.fingerprint"
 
 FILE = "ifnull(json_extract(f.receipt, '$.sha256'), '')"
 """The digest of the kept file; empty where there was none."""
+
+NAMED = 3
+"""How many older pictures a line names."""
 
 MARKS = "was INTEGER NOT NULL DEFAULT 0, own INTEGER NOT NULL DEFAULT 0"
 """Columns of staged rows. `was`: the row goes back to what its task was. `own`: to a name under which the task's own older
@@ -93,3 +98,28 @@ def forget(db: sqlite3.Connection, done: Iterable[tuple[str, str]]) -> None:
     """(id, path) of pictures that are booked now, with an empty path where no file was kept. What they replace is forgotten:
     a file under the same name, and what had no file; a file under another name stays."""
     db.executemany(f"DELETE FROM former AS f WHERE id = ? AND (path = ? OR {FILE} = '')", done)
+
+
+def remaining(db: sqlite3.Connection, run: int) -> Iterator[str]:
+    """The paths of pictures that tasks of the run had before and that no booked picture has replaced; the files may be gone."""
+    rows = db.execute(
+        f"SELECT f.path FROM former f JOIN tasks t ON t.id = f.id WHERE t.run = ? AND {FILE} != '' AND NOT EXISTS "
+        "(SELECT 1 FROM tasks o WHERE o.path_key = f.path_key AND json_extract(o.receipt, '$.path') != '') "
+        "GROUP BY f.path ORDER BY min(t.position), f.path",
+        (run,),
+    )
+    for (path,) in rows:
+        yield path
+
+
+def line(folder: Path, paths: Iterable[str]) -> str:
+    """What to say of older pictures that still stand in the folder; empty where there are none."""
+    standing = iter(paths)
+    named = list(islice(standing, NAMED))
+    more = sum(1 for _ in standing)
+    if not named:
+        return ""
+    count = len(named) + more
+    what, them = ("picture of these tasks stays", "it") if count == 1 else ("pictures of these tasks stay", "them")
+    names = ", ".join(named) + (f" and {more} more" if more else "")
+    return f"{count} older {what} in {folder}: {names}; going back to what made {them} finds {them} again"

@@ -251,6 +251,10 @@ class Ledger:
         query = f"SELECT count(*) FROM tasks WHERE run = ? AND state = 'done' AND NOT EXISTS ({own})"
         return int(self._db.execute(query, (self.run,)).fetchone()[0])
 
+    def older(self) -> Iterator[str]:
+        """Paths of pictures that tasks of the current run had before they changed, and that nothing has replaced."""
+        return former.remaining(self._db, self.run)
+
     def work(self, first: int = 0, page: int = 512) -> Iterator[tuple[PlannedTask, Outcome | None]]:
         """The tasks of the current run in order, page by page; with its outcome where one is settled already."""
         position = first

@@ -95,6 +95,7 @@ def _head(forecast: Forecast) -> str:
         (forecast.damaged, "done, but the picture is gone or altered"),
         (sum(known.failed.values()), "failed before"),
         (known.changed, "changed"),
+        (known.moved, "of them under another name: the old pictures stay beside the new ones"),
     ]
     lines += [f"  {number} {what}" for number, what in found if number]
     skipped = forecast.admission.skipped

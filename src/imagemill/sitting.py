@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from imagemill import crew, downloads, sources, tuning_choice
+from imagemill import crew, downloads, former, sources, tuning_choice
 from imagemill.config import Settings
 from imagemill.crashpoints import crash_point
 from imagemill.crew import Crew
@@ -65,7 +65,8 @@ class RunOptions:
 @dataclass(frozen=True, slots=True)
 class RunReport:
     """What became of a run. `resumed` of the `done` were made by earlier runs; `pending` were not reached. `usual_failure` is
-    the reason of most failures, and of how many."""
+    the reason of most failures, and of how many; `older` a line on pictures of what the tasks were before that stand in the
+    folder beside the new ones, if there are any."""
 
     folder: Path
     done: int
@@ -79,6 +80,7 @@ class RunReport:
     exit_code: int = 0
     left_out: tuple[str, ...] = ()
     usual_failure: tuple[str, int] = ("", 0)
+    older: str = ""
 
 
 @dataclass(slots=True)
@@ -285,6 +287,7 @@ class Sitting:
             exit_code=0 if status == "done" and not failed and not pending else 1,
             left_out=self._roster.crew.choice.left_out if self._roster.crew else (),
             usual_failure=books.ledger.usual_failure() if failed else ("", 0),
+            older=former.line(self._path, filter(books.folder.occupied, books.ledger.older())),
         )
 
     def _tuning(self) -> dict[str, Any]:

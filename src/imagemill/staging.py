@@ -47,7 +47,8 @@ to the folder: `new`, `changed`, or the state, the kind of failure and the recei
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a source holds against what the folder already knows. `changed` are tasks with other content under old ids."""
+    """What a source holds against what the folder already knows. `changed` are tasks with other content under old ids; `moved`
+    of them get another name, so that their old pictures stay beside the new ones."""
 
     total: int
     new: int
@@ -56,6 +57,7 @@ class Comparison:
     failed: Mapping[str, int]
     changed: int
     differences: tuple[str, ...]
+    moved: int = 0
 
     def to_do(self, retry: Sequence[str] = ()) -> int:
         """How many pictures a run makes that tries these kinds of failures again; damaged ones come on top."""
@@ -169,6 +171,7 @@ class Staging:
         db = self._db
         states = dict(db.execute("SELECT state, count(*) FROM standing GROUP BY state"))
         failed = dict(db.execute("SELECT kind, count(*) FROM standing WHERE state = 'failed' GROUP BY kind"))
+        moved = "state = 'changed' AND json_extract(receipt, '$.path') NOT IN ('', path)"
         changed = "SELECT place, id, known, task FROM standing WHERE state = 'changed' ORDER BY position LIMIT ?"
         shown: list[str] = []
         for place, name, old, new in db.execute(changed, (SHOWN,)):
@@ -182,6 +185,7 @@ class Staging:
             failed=failed,
             changed=states.get("changed", 0),
             differences=tuple(shown),
+            moved=db.execute(f"SELECT count(*) FROM standing WHERE {moved}").fetchone()[0],
         )
 
     def shapes(self) -> Iterator[Shape]:

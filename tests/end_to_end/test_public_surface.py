@@ -80,7 +80,7 @@ SIGNATURES = {
     ],
     "RunReport": [
         *("folder", "done", "failed", "pending", "resumed", "skipped", "seconds", "status", "message", "exit_code"),
-        *("left_out", "usual_failure"),
+        *("left_out", "usual_failure", "older"),
     ],
     "Task": [
         *("id", "prompt", "negative_prompt", "images", "model", "width", "height", "steps", "guidance_scale"),

@@ -265,7 +265,9 @@ def test_a_change_that_is_stopped_while_workers_load_takes_no_picture_away(
     running = done.start_fake("tasks.jsonl", "out", "--workers", "2", *STEPS, IMAGEMILL_FAKE_LOAD=load)
     wait_until(lambda: len(running.children()) == 2)
     running.signal(signal.SIGINT)
-    assert running.wait().code == 130
+    stopped = running.wait()
+    assert stopped.code == 130
+    assert "6 older pictures of these tasks stay in out: t0.png" in stopped.out
     assert set(done.states().values()) == {"pending"}
     for options in ((), ("--rerun-changed",)):
         assert "6 pictures, 0 to do" in done.fake("tasks.jsonl", "out", "--dry-run", *options).out
@@ -294,6 +296,27 @@ def test_of_a_change_that_is_broken_off_only_the_new_pictures_are_made_again(don
     after = inodes(done.folder / "out")
     assert {name for name in before if after[name] != before[name]} == replaced
     assert done.pixels() == pixels
+
+
+def test_pictures_that_stay_under_their_old_names_are_told_until_they_are_gone(done: Workplace) -> None:
+    before = inodes(done.folder / "out")
+    jpg = ("--format", "jpg", "--rerun-changed")
+    plan = done.fake("tasks.jsonl", "out", "--dry-run", *jpg).out
+    assert "6 of them under another name: the old pictures stay" in plan
+    told = (
+        "6 older pictures of these tasks stay in out: t0.png, t1.png, t2.png and 3 more; going back to what made them"
+    )
+    assert told in done.fake("tasks.jsonl", "out", *jpg).out
+    assert inodes(done.folder / "out") == before
+    for name in ("t0.png", "t2.png", "t3.png", "t4.png", "t5.png"):
+        (done.folder / "out" / name).unlink()
+    assert "1 older picture of these tasks stays in out: t1.png;" in done.fake("tasks.jsonl", "out", *jpg).out
+    back = done.fake("tasks.jsonl", "out", "--rerun-changed").out
+    assert "6 done (5 in this run" in back
+    assert "6 older pictures of these tasks stay in out: t0.jpg, t1.jpg" in back
+    for name in before:
+        (done.folder / "out" / name).with_suffix(".jpg").unlink()
+    assert "older" not in done.fake("tasks.jsonl").out
 
 
 def test_two_changed_tasks_may_swap_their_paths(place: Workplace) -> None:

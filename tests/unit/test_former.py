@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagemill import crew
+from imagemill import crew, former
 from imagemill.config import Settings
 from imagemill.config.settings import OutputSettings
 from imagemill.errors import ChangedTasksError, TaskFileError
@@ -286,6 +286,52 @@ def test_two_tasks_that_were_to_swap_their_places_have_them_again(tmp_path: Path
     folder.makes("a")
     assert folder.takes(tasks=rows) == ["b"], "y.png is the picture of a"
     folder.check()
+
+
+# --- what stays ---------------------------------------------------------------------------------------------------------
+
+
+def older(folder: Folder) -> list[str]:
+    ledger = Ledger(folder.path / FILE_NAME)
+    ledger.run = max(row["run"] for row in folder.rows().values())
+    try:
+        return list(ledger.older())
+    finally:
+        ledger.close()
+
+
+def test_pictures_stay_until_others_have_their_names(folder: Folder) -> None:
+    assert older(folder) == []
+    folder.takes(steps=2)
+    assert older(folder) == ["a.png", "b.png", "c.png"]
+    folder.makes("a")
+    folder.fails("b")
+    assert older(folder) == ["b.png", "c.png"]
+    folder.takes(steps=2, picture="jpg")
+    folder.makes(*NAMES)
+    assert older(folder) == ["a.png", "b.png", "c.png"]
+    folder.takes(steps=3, sink="none")
+    folder.makes(*NAMES, keep=False)
+    assert older(folder) == ["a.jpg", "a.png", "b.jpg", "b.png", "c.jpg", "c.png"]
+
+
+def test_a_name_that_another_task_has_now_holds_no_older_picture(tmp_path: Path) -> None:
+    folder, rows = Folder(tmp_path / "out"), ({"id": "a", "prompt": "a", "output_path": "x.png"},)
+    folder.takes(tasks=rows)
+    folder.makes("a")
+    moved = ({"id": "a", "prompt": "a", "output_path": "y.png"}, {"id": "b", "prompt": "b", "output_path": "X.png"})
+    folder.takes(tasks=moved)
+    assert older(folder) == ["x.png"]
+    folder.makes("a", "b")
+    assert older(folder) == []
+
+
+def test_older_pictures_are_told_in_a_line() -> None:
+    assert former.line(Path("out"), []) == ""
+    one = "1 older picture of these tasks stays in out: a.png; going back to what made it finds it again"
+    assert former.line(Path("out"), ["a.png"]) == one
+    many = former.line(Path("out"), (f"{number}.png" for number in range(10)))
+    assert many.startswith("10 older pictures of these tasks stay in out: 0.png, 1.png, 2.png and 7 more; ")
 
 
 # --- ledgers from before ------------------------------------------------------------------------------------------------
