@@ -257,13 +257,11 @@ def test_rerun_changed_makes_them_and_only_them_again(done: Workplace) -> None:
 STEPS = ("--steps", "2", "--rerun-changed")
 
 
-def test_a_change_that_is_stopped_while_workers_load_takes_no_picture_away(
-    done: Workplace, wait_until: Callable[..., Any]
-) -> None:
+def test_a_change_that_is_stopped_while_workers_load_takes_no_picture_away(done: Workplace) -> None:
     before, results = inodes(done.folder / "out"), done.results()
     load = json.dumps({"delay": 600})
     running = done.start_fake("tasks.jsonl", "out", "--workers", "2", *STEPS, IMAGEMILL_FAKE_LOAD=load)
-    wait_until(lambda: len(running.children()) == 2)
+    until(lambda: len(running.children()) == 2)
     running.signal(signal.SIGINT)
     stopped = running.wait()
     assert stopped.code == 130
