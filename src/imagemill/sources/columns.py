@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -41,8 +41,9 @@ CLOSE = 0.82
 """How like a known column an unknown one must be for it to be a slip, as difflib counts it."""
 
 
-def field_of(column: Any, columns: Mapping[str, Any] | Sequence[str]) -> str | None:
-    """The field that a column stands for, its case aside where no other column has the name itself; None for metadata."""
+def field_of(column: Any, columns: Container[Any]) -> str | None:
+    """The field that a column stands for, its case aside where no other of the `columns` has the name itself; None for metadata.
+    Columns in their thousands are best given as a mapping or a set."""
     if column in FIELDS or not isinstance(column, str):
         return FIELDS.get(column)
     plain = column.lower()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
@@ -146,8 +146,8 @@ def _header(table: Cells, name: str, prompt_column: str | None) -> _Header | Non
         raise InputError(f"{place}: the quotes of the header do not fit ({cells})")
     names = tuple(cell.strip().strip('"') or f"column_{number}" for number, cell in enumerate(cells, 1))
     _refuse_twice(names, place)
-    prompt = table_prompt_column(names, prompt_column, place)
-    return _Header(names, prompt, tuple(None if column == prompt else _convert(column, names) for column in names))
+    prompt, known = table_prompt_column(names, prompt_column, place), frozenset(names)
+    return _Header(names, prompt, tuple(None if column == prompt else _convert(column, known) for column in names))
 
 
 def _refuse_twice(names: Sequence[str], place: str) -> None:
@@ -163,7 +163,7 @@ def _miscounted(cells: Sequence[str], names: Sequence[str]) -> str:
     return f"{text}; put quotes around cells that hold a separator"
 
 
-def _convert(column: str, columns: Sequence[str]) -> Convert | None:
+def _convert(column: str, columns: Container[str]) -> Convert | None:
     """How the cells of a column are read; `None` leaves the text as it is, empty or not."""
     field = field_of(column, columns)
     if field is None or field in ("prompt", "metadata"):
