@@ -147,8 +147,8 @@ class Intake:
                 seq, found = self._stage_task(row.task, row, seq)
             if found:
                 admission.bad_rows = before + 1
-                lines = [f"{row.place}: {problem.field}: {problem.message}" for problem in found]
-                admission.skipped.append((row.place, "; ".join(f"{one.field}: {one.message}" for one in found)))
+                lines = [f"{row.place}: {problem}" for problem in found]
+                admission.skipped.append((row.place, "; ".join(map(str, found))))
                 if len(admission.bad) < SHOWN:
                     admission.bad += lines[: SHOWN - len(admission.bad)]
         admission.tasks = seq - first

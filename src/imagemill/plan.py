@@ -81,10 +81,13 @@ class PlannedModel:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One reason why a row cannot be run, and which field it is in."""
+    """One reason why a row cannot be run, and which field it is in; the field is empty where it is the row as a whole."""
 
     field: str
     message: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}" if self.field else self.message
 
 
 def resolve(

@@ -207,9 +207,9 @@ def test_a_bad_field_is_one_line_with_row_field_and_mend(tmp_path: Path, row: di
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b'{"id": ', "bench.jsonl, line 1: line: does not read as JSON at column 8: Expecting value; mend or remove"),
+        (b'{"id": ', "bench.jsonl, line 1: does not read as JSON at column 8: Expecting value; mend or remove"),
         (b'"prompt"', 'bench.jsonl, line 1: is no JSON object; write {"instruction": "..."}'),
-        (b'{"id": "a", "id": "b"}', "bench.jsonl, line 1: line: names 'id' twice in one object"),
+        (b'{"id": "a", "id": "b"}', "bench.jsonl, line 1: names 'id' twice in one object"),
         (b'{"a": "\xff"}', "bench.jsonl, line 1, byte 8: 0xff is not UTF-8; save the file as UTF-8"),
         (b"", "bench.jsonl: holds no item in the language 'en'; check the file, or choose another language"),
     ],

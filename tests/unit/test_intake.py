@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
@@ -19,7 +20,7 @@ from imagemill.ledger import FILE_NAME, Ledger
 from imagemill.models import Model
 from imagemill.publish import OutputFolder
 from imagemill.records import Failure, Kind, Receipt, Settle
-from imagemill.sources import Row, from_iterable
+from imagemill.sources import Row, from_iterable, open_source
 from imagemill.staging import Comparison
 
 
@@ -222,6 +223,20 @@ def test_rows_are_staged_one_at_a_time_and_never_held(folder: Folder) -> None:
 
 
 # --- what is wrong with the rows ----------------------------------------------------------------------------------------
+
+
+def test_a_row_that_is_none_is_named_by_its_place_alone(folder: Folder) -> None:
+    lines = refused(folder, task("a"), 3)  # type: ignore[arg-type]
+    assert lines[0] == "task 2: 3 is no task; give a prompt, a dict or a Task"
+    rows = open_source("-", stdin=io.BytesIO(b'{"prompt": "a"}\n{"prompt"\n3\n'))
+    assert refused(folder, rows=rows)[:2] == [
+        "<stdin>, line 2: does not read as JSON at column 10: Expecting ':' delimiter",
+        '<stdin>, line 3: is no JSON object; write {"prompt": "..."}',
+    ]
+    rows = open_source("-", stdin=io.BytesIO(b'{"prompt": "a"}\n3\n'))
+    assert folder.takes(rows=rows, skip_bad=True).admission.skipped == [
+        ("<stdin>, line 2", 'is no JSON object; write {"prompt": "..."}')
+    ]
 
 
 def test_duplicate_ids_are_named_with_both_places(folder: Folder) -> None:

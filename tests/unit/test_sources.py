@@ -159,7 +159,7 @@ def test_bad_and_skipped_rows_keep_their_index_so_that_seeds_do_not_move(tmp_pat
     rows = rows_of(tmp_path / "a.jsonl", '{"prompt": "a"}\n{"prompt": \n{"prompt": "c"}\n')
     assert [row.index for row in rows] == [0, 1, 2]
     assert rows[1].task is None
-    assert rows[1].problems[0].field == "line"
+    assert rows[1].problems[0].field == ""
     assert "does not read as JSON at column 12:" in rows[1].problems[0].message
     assert rows[2].task is not None
     assert rows[2].task.id == "000003"
@@ -199,7 +199,7 @@ def test_a_table_row_with_other_columns_than_the_header_is_a_bad_row(tmp_path: P
 def test_quotes_that_do_not_fit_cost_one_csv_row(tmp_path: Path) -> None:
     bad, good = rows_of(tmp_path / "a.csv", 'prompt,seed\n"a "cat" here",1\nb,2\n')
     assert bad.task is None
-    assert bad.problems[0].field == "line"
+    assert bad.problems[0].field == ""
     assert good.task is not None
     assert good.place == f"{tmp_path}/a.csv, line 3"
 
@@ -223,6 +223,9 @@ def test_missing_files_folders_and_unknown_suffixes_are_refused_at_once(tmp_path
     with pytest.raises(InputError, match="is a folder"):
         open_source(tmp_path)
     (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / "a").write_text("a cat")
+    with pytest.raises(InputError, match=r"/a: its name has no suffix that tells its type; known: \.json, "):
+        open_source(tmp_path / "a")
     with pytest.raises(InputError, match=r"'\.txt' are not read; known: \.json, \.jsonl, \.ndjson, \.csv, \.tsv"):
         open_source(tmp_path / "a.txt")
 
@@ -428,8 +431,8 @@ def test_a_field_under_two_names_is_refused(columns: dict[str, Any]) -> None:
         ({"guidance_scale": False}, "guidance_scale", "false is not a number"),
         ({"prompt": 3}, "prompt", "3 is not text"),
         ({"id": 1.5}, "id", "1.5 is not text"),
-        ({"images": 3}, "images", "3 is not a list"),
-        ({"image": {"bytes": 1}}, "image", "an object is not a list"),
+        ({"images": 3}, "images", "3 is no path; write one, or a list of paths"),
+        ({"image": {"bytes": 1}}, "image", "an object is no path; write one, or a list of paths"),
         ({"images": ["a", 3]}, "images[1]", "3 is not text"),
         ({"size": "64"}, "size", "'64' is not a size; write WIDTHxHEIGHT, such as 1024x1024"),
         ({"size": 64}, "size", "64 is not a size"),
@@ -452,7 +455,7 @@ def test_a_field_under_two_names_is_refused(columns: dict[str, Any]) -> None:
         ({"score": float("nan")}, "score", "nan is no JSON number"),
         ({"big": 2**64}, "big", "does not fit in 64 bit"),
         ({"half": "\ud800"}, "half", "half of a surrogate pair"),
-        ({"deep": {"a": [object()]}}, "deep.a[0]", "is a object, which JSON cannot hold"),
+        ({"deep": {"a": [object()]}}, "deep.a[0]", "is of the type object, which JSON cannot hold"),
         ({"metadata": {"tag": 1}, "tag": 2}, "metadata.tag", "is there as the column tag too"),
     ],
 )
@@ -536,7 +539,7 @@ def test_parquet_types_arrive(tmp_path: Path) -> None:
 def test_jsonl_lines_with_nan_or_a_key_twice_are_bad_rows(tmp_path: Path) -> None:
     content = '{"prompt": "a", "seed": NaN}\n{"prompt": "a", "prompt": "b"}\n[1]\n{"prompt": "a", "steps": 1e999}\n'
     rows = rows_of(tmp_path / "a.jsonl", content + '{"prompt": "a", "seed": ' + "9" * 5000 + "}\n" + "[" * 99_999)
-    assert [row.problems[0].field for row in rows] == ["seed", "line", "line", "steps", "line", "line"]
+    assert [row.problems[0].field for row in rows] == ["seed", "", "", "steps", "", ""]
 
 
 # --- paths ------------------------------------------------------------------------------------------------------------
@@ -591,7 +594,7 @@ def test_a_tweet_without_a_hint_is_skipped_by_its_place(tmp_path: Path, missing:
     assert rows[2].task.id == "Harbour_Notes_03"
 
 
-@pytest.mark.parametrize("lora", [None, {}, {"model_path": None, "strength": 1.0}, {"model_path": ""}])
+@pytest.mark.parametrize("lora", [None, {}, "", " ", {"model_path": None, "strength": 1.0}, {"model_path": ""}])
 def test_a_persona_without_a_lora_file_has_none(tmp_path: Path, lora: Any) -> None:
     assert tasks_of(rows_of(tmp_path / "t.json", batch([tweet("a")], lora=lora)))[0].loras == ()
 
@@ -604,6 +607,8 @@ def test_a_persona_without_a_lora_file_has_none(tmp_path: Path, lora: Any) -> No
         ({"lora": {"model_path": "a", "strength": "x"}}, r"persona\.lora\.strength: 'x' is not a number"),
         ({"lora": {"strength": 1.0}}, r"persona\.lora: has a strength without a model_path"),
         ({"lora": {"path": "a"}}, r"persona\.lora\.path: is not known"),
+        ({"lora": "a"}, r"""persona\.lora: 'a' is not an object; write {"model_path": "FILE", "strength": 0\.8}"""),
+        ({"lora": []}, r"persona\.lora: a list is not an object; write "),
     ],
 )
 def test_a_persona_that_does_not_read_is_refused(tmp_path: Path, persona: dict[str, Any], message: str) -> None:
@@ -631,7 +636,7 @@ def test_prompts_mappings_and_tasks_from_python_are_rows() -> None:
     assert [row.task.prompt for row in rows if row.task] == ["a", "b", "c"]
     assert rows[2].task is not None
     assert rows[2].task.loras == (Lora(os.path.abspath("l"), 0.5),)
-    assert rows[3].problems[0].message == "is a int; give a Task, a mapping or a prompt"
+    assert rows[3].problems[0].message == "3 is no task; give a prompt, a dict or a Task"
 
 
 def test_a_task_from_python_is_checked_as_strictly_as_a_row() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from imagemill import source_image
+from imagemill.config.wording import shown
 from imagemill.errors import BadTask, InputError
 from imagemill.records import Task
 from imagemill.sources.columns import field_of
@@ -66,7 +67,7 @@ def from_iterable(tasks: Iterable[Task | Mapping[str, Any] | str], kept: Path | 
                 row = bad_row(index, place, "images", str(error))
             yield row
         else:
-            yield bad_row(index, place, "task", f"is a {type(task).__name__}; give a Task, a mapping or a prompt")
+            yield bad_row(index, place, "", f"{shown(task)} is no task; give a prompt, a dict or a Task")
 
 
 def _on_disk(task: Mapping[str, Any], kept: Path | None) -> Mapping[str, Any]:
@@ -98,9 +99,12 @@ def _check(path: Path) -> None:
     if stat.S_ISDIR(mode):
         raise InputError(f"{path}: is a folder; name a file in it ({known})")
     if path.suffix.lower() not in READERS:
-        raise InputError(
-            f"{path}: files of type {path.suffix or 'no suffix'!r} are not read; known: {known}, - for stdin"
+        kind = (
+            f"files of type {path.suffix!r} are not read"
+            if path.suffix
+            else "its name has no suffix that tells its type"
         )
+        raise InputError(f"{path}: {kind}; known: {known}, - for stdin")
 
 
 def _read(path: Path, prompt_column: str | None) -> Iterator[Row]:

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from imagemill.config.wording import field_path, message
+from imagemill.config.wording import field_path, message, shown
 from imagemill.errors import InputError
 from imagemill.sources.lines import BOM, not_utf8, parse_json, row_from_json
 from imagemill.sources.rows import Row, bad_row, row_from_mapping
@@ -76,11 +76,20 @@ class _PersonaLora(BaseModel):
         return self
 
 
+def _as_lora(value: Any) -> Any:
+    """Empty text is no adapter; what is neither an object nor null is refused."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if not isinstance(value, Mapping):
+        raise ValueError(f'{shown(value)} is not an object; write {{"model_path": "FILE", "strength": 0.8}}')
+    return value
+
+
 class _Persona(BaseModel):
     model_config = ConfigDict(strict=True)
 
     name: str = Field(pattern=r"\w")
-    lora: _PersonaLora | None = None
+    lora: Annotated[_PersonaLora | None, BeforeValidator(_as_lora)] = None
 
 
 class _TweetBatch(BaseModel):

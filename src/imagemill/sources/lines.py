@@ -64,7 +64,7 @@ def read_jsonl(stream: BinaryIO, name: str, prompt_column: str | None, base: Pat
         try:
             data = parse_json(line.rstrip("\r\n"))
         except ValueError as error:
-            yield bad_row(index, place, "line", str(error))
+            yield bad_row(index, place, "", str(error))
         else:
             yield row_from_json(data, index, place, prompt_column, base)
         index += 1
@@ -75,7 +75,7 @@ def row_from_json(data: Any, index: int, place: str, prompt_column: str | None, 
     if isinstance(data, str):
         data, prompt_column = {"prompt": data}, None
     if not isinstance(data, Mapping):
-        return bad_row(index, place, "line", 'is no JSON object; write {"prompt": "..."}')
+        return bad_row(index, place, "", 'is no JSON object; write {"prompt": "..."}')
     return row_from_mapping(data, index, place, prompt_column=prompt_column, base=base)
 
 

@@ -45,7 +45,7 @@ def jsonable(value: Any, path: str, problems: list[Problem], depth: int = 0) -> 
         return value.isoformat()
     if isinstance(value, Decimal | UUID | os.PathLike | datetime.timedelta):
         return os.fsdecode(value) if isinstance(value, os.PathLike) else str(value)
-    return _refuse(path, f"is a {type(value).__name__}, which JSON cannot hold; write it as text", problems)
+    return _refuse(path, f"is of the type {type(value).__name__}, which JSON cannot hold; write it as text", problems)
 
 
 def _nested(value: Any, path: str, problems: list[Problem], depth: int) -> Any:

@@ -44,7 +44,7 @@ class Row:
 
 
 def bad_row(index: int, place: str, field: str, text: str) -> Row:
-    """A row that is no task, for one reason."""
+    """A row that is no task, for one reason; `field` is empty where it is the row as a whole."""
     return Row(index, place, None, (Problem(field, text),))
 
 
@@ -116,7 +116,9 @@ def _paths(value: Any) -> Any:
     """One path or a list of them as a tuple of text."""
     if isinstance(value, list | tuple):
         return tuple(as_path(item) for item in value)
-    return (as_path(value),) if isinstance(value, str | os.PathLike) else value
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{shown(value)} is no path; write one, or a list of paths")
+    return (as_path(value),)
 
 
 Whole: TypeAlias = Annotated[int, BeforeValidator(_whole)]

@@ -127,9 +127,9 @@ def _rows(table: Cells, name: str, prompt_column: str | None, base: Path | None)
     for index, (line, cells) in enumerate(table):
         place = f"{name}, line {line}"
         if isinstance(cells, csv.Error):
-            yield bad_row(index, place, "line", f"its quotes do not fit ({cells}); double the quotes inside quotes")
+            yield bad_row(index, place, "", f"its quotes do not fit ({cells}); double the quotes inside quotes")
         elif len(cells) != len(header.names):
-            yield bad_row(index, place, "line", _miscounted(cells, header.names))
+            yield bad_row(index, place, "", _miscounted(cells, header.names))
         else:
             values, problems = header.read(cells)
             row = row_from_mapping(values, index, place, prompt_column=header.prompt, base=base)

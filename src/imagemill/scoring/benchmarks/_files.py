@@ -77,7 +77,7 @@ def jsonl_rows(path: Path) -> Rows:
             try:
                 row = parse_json(line)
             except ValueError as error:
-                raise InputError(f"{place}: line: {error}; mend or remove the line") from error
+                raise InputError(f"{place}: {error}; mend or remove the line") from error
             yield _row(place, row)
 
 
