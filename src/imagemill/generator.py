@@ -119,7 +119,7 @@ def _result(outcome: Outcome) -> dict[str, Any]:
 def _in_own_words(error: TaskFileError) -> TaskFileError:
     """The refusal without columns that no dict had and without options that only the command and `imagemill.run` have."""
     lines = [
-        re.sub(r"(: is missing); the columns here are .* with --prompt-column$", r"\1; give one", line)
+        re.sub(r"(: is missing); the columns here are .* with --prompt-column", r"\1; give one", line)
         for line in error.problems
     ]
     mend = "; choose another output_path" if error.hint.startswith("choose another output_path") else ""

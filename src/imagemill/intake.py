@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -36,13 +36,30 @@ AHEAD = 32
 
 @dataclass(slots=True)
 class Admission:
-    """What a source gave: how many tasks, which rows were left out and why."""
+    """What a source gave: how many tasks, which rows were left out and why. `mistakes` are the first kinds of them."""
 
     tasks: int = 0
     rows: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     bad_rows: int = 0
+    mistakes: set[tuple[str, ...]] = field(default_factory=set)
+
+    def refuse(self, place: str, found: Sequence[Problem]) -> None:
+        """Book a row that is left out because of these problems."""
+        self.bad_rows += 1
+        self.skipped.append((place, "; ".join(map(str, found))))
+        if len(self.mistakes) < 2:
+            self.mistakes.add(tuple(str(problem).partition(";")[0] for problem in found))
+        if len(self.bad) < SHOWN:
+            self.bad += [f"{place}: {problem}" for problem in found][: SHOWN - len(self.bad)]
+
+    def alike(self) -> list[str]:
+        """What is wrong, told once, where it is the same in each of several rows: an option's mistake, most often."""
+        if self.bad_rows < 2 or self.bad_rows < self.rows or len(self.mistakes) > 1:
+            return []
+        first = self.bad[: len(next(iter(self.mistakes)))]
+        return [f"{line} (the same in all {self.rows} rows)" for line in first]
 
 
 class Models:
@@ -140,17 +157,12 @@ class Intake:
                 admission.skipped.append((row.place, row.skipped))
                 continue
             admission.rows += 1
-            before = admission.bad_rows
             found = list(row.problems)
             self.slips.update(dict.fromkeys(row.slips))
             if row.task is not None and not found:
                 seq, found = self._stage_task(row.task, row, seq)
             if found:
-                admission.bad_rows = before + 1
-                lines = [f"{row.place}: {problem}" for problem in found]
-                admission.skipped.append((row.place, "; ".join(map(str, found))))
-                if len(admission.bad) < SHOWN:
-                    admission.bad += lines[: SHOWN - len(admission.bad)]
+                admission.refuse(row.place, found)
         admission.tasks = seq - first
         return admission
 
@@ -249,6 +261,8 @@ class Intake:
             if admission.bad_rows:
                 self._refuse_size()
             if admission.bad_rows and not skip_bad:
+                if not part and (lines := admission.alike()):
+                    raise TaskFileError(lines, len(lines))
                 start = "the run ends here, what is done is kept" if part else "nothing was started"
                 raise TaskFileError(admission.bad, admission.bad_rows, f"{start}; {SKIP_BAD}")
             return self._compare(rerun_changed=rerun_changed)

@@ -245,6 +245,7 @@ OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--size", "big"), ("--size", "'big'", "1024x1024")),
     (("--size", "17x16", "--model", "tiny"), ("17", "multiples of")),
     (("--size", "65536x65536"), ("imagemill: size: 65536x65536: is over the limit of 67,108,864 pixels",)),
+    (("--size", "9999999999x16"), ("--size: '9999999999x16' is over the limit of 67,108,864 pixels",)),
     (("--size", "999999999x16"), ("imagemill: size: 999999999x16: is over the limit",)),
     (("--format", "gif"), ("--format", "'gif'", "png")),
     (("--sink", "tape"), ("--sink", "'tape'", "files")),

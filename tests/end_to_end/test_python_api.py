@@ -483,6 +483,10 @@ def test_what_generate_batch_refuses_names_no_option_of_the_command_and_no_colum
             with pytest.raises(InputError) as refused:
                 made.generate_batch([task])
             assert str(refused.value).splitlines() == told
+        with pytest.raises(InputError) as refused:
+            made.generate_batch([{"text": "an owl"}, {"text": "a crow"}])
+        told = ["task 1: prompt: is missing; give one (the same in all 2 rows)", "nothing was started"]
+        assert str(refused.value).splitlines() == told
 
 
 def test_generate_batch_replaces_files_and_leaves_nothing_else_behind(here: Path) -> None:

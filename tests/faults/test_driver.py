@@ -180,8 +180,8 @@ def test_a_signal_before_and_after_the_work_ends_the_command_with_its_code(
     until(lambda: not running.family(), 5.0)
     if moment in ("leaving", "reporting"):
         after(place, golden=golden, ids=NAMES, clean=False)
-    hidden = [path.name for path in (place.folder / "out").iterdir() if path.name.startswith(".imagemill-")]
-    assert hidden == []
+    assert list((place.folder / "out").glob(".imagemill-*")) == []
+    assert (place.folder / "out").exists() == (moment != "reading")
     goes_on(place, golden)
 
 

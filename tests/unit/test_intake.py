@@ -268,11 +268,25 @@ def test_a_bad_row_is_left_out_whole_with_skip_bad(folder: Folder) -> None:
 
 def test_every_bad_row_is_counted_and_the_first_twenty_shown_in_full(folder: Folder) -> None:
     with pytest.raises(TaskFileError) as found:
-        folder.takes(*(task(f"t{number}", steps=0) for number in range(30)))
+        folder.takes(*(task(f"t{number}", steps=-number) for number in range(30)))
     assert found.value.total == 30
     assert len(found.value.problems) == 20
     assert "... and 10 more" in str(found.value)
     assert found.value.problems[0].startswith("task 1: steps: is 0;")
+
+
+def test_what_is_wrong_with_all_rows_alike_is_told_once(folder: Folder) -> None:
+    content = b'{"text": "a"}\n{"text": "b", "n": 1}\n{"text": "c"}\n'
+    missing = "<stdin>, line 1: Text: is missing; the columns here are text; name the one to read with --prompt-column"
+    rows = open_source("-", prompt_column="Text", stdin=io.BytesIO(content))
+    assert refused(folder, rows=rows) == [f"{missing} (the same in all 3 rows)"]
+    rows = open_source("-", prompt_column="Text", stdin=io.BytesIO(content))
+    assert refused(folder, rows=rows, limit=2) == [f"{missing} (the same in all 2 rows)"]
+    lines = refused(folder, task("a", steps=0, seed=-1), task("b", steps=0, seed=-1))
+    assert [line.partition(":")[0] for line in lines] == ["task 1", "task 1"]
+    assert all(line.endswith("(the same in all 2 rows)") for line in lines)
+    for others in ([task("b")], [task("b", steps=1001)], [task("b", steps=0, seed=-1)]):
+        assert refused(folder, task("a", steps=0), *others)[0] == "task 1: steps: is 0; 1 to 1000 are taken"
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,15 @@ from pydantic import (
 
 from imagemill.config.wording import shown
 from imagemill.errors import ConfigError
+from imagemill.plan import TOO_LARGE
 from imagemill.records import Lora
 
 _STRENGTH = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"\s*[+-]?(?:nan|inf|infinity)\s*", re.IGNORECASE)
 T = TypeVar("T")
+
+MAX_DIGITS = 9
+"""Digits of a side in pixels; one of more is over the limit of pixels by itself."""
 
 ATTENTION = (
     "native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "_native_npu", "_native_xla",
@@ -74,9 +78,11 @@ def _or_config_error(read: Callable[[str], T], text: str) -> T:
 
 
 def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX\u00d7]\s*([0-9]{1,9})\s*", text)
-    if not match or not int(match[1]) or not int(match[2]):
+    match = re.fullmatch(r"\s*0*([0-9]+)\s*[xX\u00d7]\s*0*([0-9]+)\s*", text)
+    if not match or "0" in match.groups():
         raise ValueError(f"{shown(text)} is not a size; write WIDTHxHEIGHT, such as 1024x1024")
+    if max(map(len, match.groups())) > MAX_DIGITS:
+        raise ValueError(f"{shown(text)} {TOO_LARGE}")
     return int(match[1]), int(match[2])
 
 
