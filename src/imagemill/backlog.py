@@ -10,6 +10,7 @@ from itertools import islice, takewhile
 from typing import TypeAlias
 
 from imagemill.records import Ticket, Try
+from imagemill.retry import doubt
 
 Bucket: TypeAlias = tuple[tuple[str, ...], str]
 """What tasks must share to run in one batch: their needs and their group."""
@@ -24,14 +25,13 @@ def spread(number: int, length: int) -> int:
 class Entry:
     """A task on its way: `ordinal` is its place in the order of arrival, `tries` what it has met so far.
 
-    An entry that failed runs `alone`, prefers workers that it has not met (`avoid`), and not before `not_before`.
+    An entry that failed runs `alone`, prefers workers against which least speaks (`doubt`), and not before `not_before`.
     """
 
     ticket: Ticket
     ordinal: int
     tries: list[Try] = field(default_factory=list)
     alone: bool = False
-    avoid: set[int] = field(default_factory=set)
     not_before: float = 0.0
 
     @property
@@ -43,6 +43,10 @@ class Entry:
     def attempt(self) -> int:
         """The number of its next or current attempt, from 1."""
         return len(self.tries) + 1
+
+    def doubt(self, worker: int) -> int:
+        """How much its failures there speak against giving it to that worker: 0 for nothing, see `retry.doubt`."""
+        return max((doubt(one) for one in self.tries if one.worker == worker), default=0)
 
 
 class Backlog:

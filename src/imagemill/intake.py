@@ -262,7 +262,7 @@ class Intake:
                 self._refuse_size()
             if admission.bad_rows and not skip_bad:
                 if not part and (lines := admission.alike()):
-                    raise TaskFileError(lines, len(lines))
+                    raise TaskFileError(lines, len(lines), "nothing was started")
                 start = "the run ends here, what is done is kept" if part else "nothing was started"
                 raise TaskFileError(admission.bad, admission.bad_rows, f"{start}; {SKIP_BAD}")
             return self._compare(rerun_changed=rerun_changed)

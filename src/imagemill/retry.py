@@ -58,6 +58,14 @@ def decide(tries: Sequence[Try], max_attempts: int) -> Decision:
     return Decision("again", backoff(alike))
 
 
+def doubt(one: Try) -> int:
+    """How much a failure speaks against trying the task on that device again: 2 when it was the task's own there, 1 when another
+    in the same worker may have caused it, 0 when it may pass or its batch was too large."""
+    if one.kind == "transient" or (one.kind == "oom" and one.batch_size > 1):
+        return 0
+    return 1 if one.kind in LOSS and (one.batch_size > 1 or one.shared or one.bystander) else 2
+
+
 def blames_device(one: Try) -> bool:
     """Whether the failure speaks against the device if another device then does the task.
 

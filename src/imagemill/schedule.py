@@ -276,8 +276,6 @@ class Scheduler:
         else:
             entry.alone = True
             entry.not_before = now + decision.delay if decision.delay else 0.0
-            if decision.action == "elsewhere":
-                entry.avoid.add(worker.id)
         self.board.backlog.add(entry)
         if not entry.alone:
             self.policy.arrived([entry])
@@ -384,8 +382,8 @@ class Scheduler:
         usable = [worker for worker in self.board.workers.values() if worker.usable]
         crew, reserve = usable[: self._arrived], usable[self._arrived :]
         for entry in self.board.backlog.retries(now) if reserve else ():
-            if all(worker.id in entry.avoid for worker in crew):
-                crew += [worker for worker in reserve if worker.id not in entry.avoid and worker not in crew][:1]
+            if all(entry.doubt(worker.id) for worker in crew):
+                crew += [worker for worker in reserve if not entry.doubt(worker.id) and worker not in crew][:1]
         return crew
 
     def _assign(self, now: float) -> list[Command]:
@@ -414,8 +412,9 @@ class Scheduler:
         return self._started
 
     def _takes(self, worker: Worker, entry: Entry, now: float) -> bool:
-        """A worker that a task has failed on gets it again only if no other worker could."""
-        if worker.id not in entry.avoid:
+        """A worker that a task has failed on gets it again only if no other could against which less speaks."""
+        doubt = entry.doubt(worker.id)
+        if not doubt:
             return True
         crew = self._crew(now)
         return not any(
@@ -423,7 +422,7 @@ class Scheduler:
             or (other.state == "absent" and other in crew)
             or (other.state == "idle" and (bool(other.saving) or self.policy.may(other, self.board)))
             for other in self.board.workers.values()
-            if other.id not in entry.avoid
+            if entry.doubt(other.id) < doubt
         )
 
     def _dispatch(self, worker: Worker, entries: Sequence[Entry], now: float) -> Dispatch:

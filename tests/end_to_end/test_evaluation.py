@@ -470,16 +470,23 @@ def test_a_mistake_is_one_line_and_starts_nothing(number: int, refusals: list[En
 
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
 def test_items_that_make_no_task_are_named_with_a_mend_that_eval_has(more: Sequence[str], place: Workplace) -> None:
-    bench(place, 2)
+    bench(place, 3)
     rows = [json.loads(line) for line in (place.folder / "items.jsonl").read_text().splitlines()]
-    place.tasks([row | {"instruction": f"make it {row['id']}\0"} for row in rows], "items.jsonl")
+    bad = [row | {"instruction": f"make it {row['id']}\0"} for row in rows[:2]]
     command = ("eval", "items.jsonl", "--edit-model", "fake", "--judge", "fake", "--device", "cpu", "--out", "out")
+    place.tasks([*bad, *rows[2:]], "items.jsonl")
     ended = place(*command, *more)
     assert ended.code == 2, ended.text
     first, second, hint = ended.err.splitlines()
     assert "item e0: prompt: contains a NUL character; remove it" in first
     assert second.startswith("item e1: prompt: ")
     assert hint == "nothing was started; mend the items, or choose others (--categories)"
+    place.tasks(bad, "items.jsonl")
+    ended = place(*command, *more)
+    assert ended.code == 2, ended.text
+    only, hint = ended.err.splitlines()
+    assert only.endswith("item e0: prompt: contains a NUL character; remove it (the same in all 2 rows)")
+    assert hint == "nothing was started"
 
 
 def test_the_benchmark_may_be_named_after_the_categories(place: Workplace) -> None:

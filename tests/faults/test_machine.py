@@ -114,6 +114,11 @@ class Blow:
     company: bool = False
     bystander: bool = False  # another batch did it: it poisoned the context, or this one had not begun
 
+    @property
+    def of_others(self) -> bool:
+        """Whether another task may have done it."""
+        return self.kind in ("worker_lost", "timeout") and (self.size > 1 or self.company or self.bystander)
+
 
 def ends(history: Sequence[Blow], max_attempts: int) -> bool:
     """Whether a task that met all this is given up: the table of docs/reliability.md. Failures in company do not count."""
@@ -280,9 +285,11 @@ class Promises:
             return
         blows = self.history.get(seqs[0], ())
         met = {blow.worker for blow in blows if blow.kind != "transient" and not (blow.kind == "oom" and blow.size > 1)}
-        if worker in met:
-            others = [number for number, device in self.devices.items() if number not in met and not device.out]
-            assert not others, "a task came back to a device that it failed on, though another is left"
+        own = {blow.worker for blow in blows if blow.worker in met and not blow.of_others}
+        for against in (met, met & own):
+            if worker in against:
+                others = [number for number, device in self.devices.items() if number not in against and not device.out]
+                assert not others, "a task came back to a device that it failed on, though a better one is left"
 
 
 # --- the workers, and the driver around them ----------------------------------------------------------------------------

@@ -279,10 +279,10 @@ def test_what_is_wrong_with_all_rows_alike_is_told_once(folder: Folder) -> None:
     content = b'{"text": "a"}\n{"text": "b", "n": 1}\n{"text": "c"}\n'
     missing = "<stdin>, line 1: Text: is missing; the columns here are text; name the one to read with --prompt-column"
     rows = open_source("-", prompt_column="Text", stdin=io.BytesIO(content))
-    assert refused(folder, rows=rows) == [f"{missing} (the same in all 3 rows)"]
+    assert refused(folder, rows=rows) == [f"{missing} (the same in all 3 rows)", "nothing was started"]
     rows = open_source("-", prompt_column="Text", stdin=io.BytesIO(content))
-    assert refused(folder, rows=rows, limit=2) == [f"{missing} (the same in all 2 rows)"]
-    lines = refused(folder, task("a", steps=0, seed=-1), task("b", steps=0, seed=-1))
+    assert refused(folder, rows=rows, limit=2) == [f"{missing} (the same in all 2 rows)", "nothing was started"]
+    *lines, _ = refused(folder, task("a", steps=0, seed=-1), task("b", steps=0, seed=-1))
     assert [line.partition(":")[0] for line in lines] == ["task 1", "task 1"]
     assert all(line.endswith("(the same in all 2 rows)") for line in lines)
     for others in ([task("b")], [task("b", steps=1001)], [task("b", steps=0, seed=-1)]):

@@ -9,7 +9,7 @@ import pytest
 
 from imagemill.errors import KINDS
 from imagemill.records import Kind, Try
-from imagemill.retry import FIRST_DELAY, LONGEST_DELAY, Decision, backoff, blames_device, decide
+from imagemill.retry import FIRST_DELAY, LONGEST_DELAY, Decision, backoff, blames_device, decide, doubt
 
 
 def tries(*kinds: Kind, size: int = 1) -> list[Try]:
@@ -68,6 +68,15 @@ def test_a_worker_lost_to_another_batch_is_not_held_against_a_task() -> None:
     assert decide(before, 3).action == "elsewhere"
     assert decide(before + tries("worker_lost"), 3).action == "elsewhere"
     assert decide(before + tries("worker_lost", "timeout"), 3).action == "give_up"
+
+
+@pytest.mark.parametrize("kind", ["worker_lost", "timeout"])
+def test_a_loss_in_company_speaks_less_against_a_device_than_what_a_task_met_there_alone(kind: Kind) -> None:
+    (own,), (together,) = tries(kind), tries(kind, size=2)
+    others = [together, replace(own, shared=True), replace(own, bystander=True)]
+    assert [doubt(one) for one in others] == [1, 1, 1]
+    assert [doubt(one) for one in (own, *tries("bad_output", "oom"), *tries("bad_output", size=2))] == [2, 2, 2, 2]
+    assert [doubt(one) for one in (*tries("transient"), *tries("oom", size=2))] == [0, 0]
 
 
 def test_failures_of_different_kinds_are_counted_apart() -> None:

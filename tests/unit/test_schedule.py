@@ -326,6 +326,16 @@ def test_a_poisoned_context_ends_the_worker_and_its_task_goes_elsewhere() -> Non
     assert only(story.done(1), Halt)[0].reason == "done"
 
 
+def test_a_task_that_another_took_down_gets_its_second_try_on_that_device_not_on_one_that_makes_nan() -> None:
+    story = Story(batch=lambda _: 2)
+    story.tasks(2)
+    assert given(story.dies(0)) == {1: [0]}  # one of the two kills, the other was only there
+    assert given(story.done(1)) == {1: [1]}
+    assert given(story.fails(1, "bad_output")) == {}
+    assert given(story.wait(1)) == {0: [1]}
+    assert only(story.done(0), Halt)[0].reason == "done"
+
+
 # --- deadlines ----------------------------------------------------------------------------------------------------------
 
 
