@@ -24,6 +24,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock, ZSingleStreamAttnProcessor
 from tiny_editors import qwen
 from tiny_model import LONG, SPEC, by_whole_call, no_beat, picture, pixels, planned, run, write_lora
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 
 from imagemill import plan
@@ -55,7 +56,7 @@ def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
     torch._dynamo.reset()
     counters.clear()
-    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256, specialize_float=False):
         yield
     torch._dynamo.reset()
 
@@ -219,6 +220,17 @@ def test_one_compile_serves_all_captions_and_sizes_of_the_blocks(runner: Diffusi
     decoder._compiled_call_impl = None
     picture(runner, width=96, height=128)
     assert graphs() == warm
+
+
+def test_no_block_is_traced_twice(runner: DiffusionRunner) -> None:
+    traced: list[Any] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        traced.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    tune(runner, backend=counting)
+    assert len(traced) == graphs() > 0
 
 
 def test_batches_and_guidance_meet_graphs_of_the_warm_up(runner: DiffusionRunner) -> None:

@@ -151,11 +151,17 @@ def lay_out(module: Any, layout: Any) -> None:
         module.to(memory_format=layout)
 
 
-def raise_limits(sizes: int, dynamic: bool | None) -> None:
-    """Let torch keep as many graphs as the shapes need; at its own limit (8) a graph that must be whole raises instead."""
+def set_up(sizes: int, dynamic: bool | None) -> None:
+    """Let torch keep as many graphs as the shapes need; at its own limit (8) a graph that must be whole raises instead.
+
+    Numbers that a block holds, such as the epsilon of a norm, are constants of its code. As inputs, which they are where all is
+    dynamic, torch finds out only after the first trace that most cannot be, and traces again, at every start. To be called
+    on the thread that compiles: what is set here is that thread's.
+    """
     import torch._dynamo.config as config
 
     shapes = 1 if dynamic else max(1, sizes) * BUCKETS
     limit = GRAPHS * (1 + shapes)
     config.recompile_limit = max(config.recompile_limit, limit)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * limit)
+    config.specialize_float = True

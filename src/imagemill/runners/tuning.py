@@ -81,7 +81,7 @@ def compile_parts(
     that looks at pictures attends to their windows together."""
     started = time.monotonic()
     prepare_cache()
-    compiled.raise_limits(len(tuning.sizes), dynamic)
+    compiled.set_up(len(tuning.sizes), dynamic)
     model, vae = denoiser(pipe), getattr(pipe, "vae", None)
     if encoder := getattr(pipe, "text_encoder", None):
         vision_windows.join_windows(encoder)
