@@ -153,7 +153,8 @@ class Engine:
             return Path(self.settings.output.folder)
         if not isinstance(source, (str, os.PathLike)):
             return Path("outputs", "python")
-        return Path("outputs", "stdin" if str(source) == "-" else Path(source).stem)
+        name = "stdin" if str(source) == "-" else Path(source).stem
+        return Path("outputs", name if name.strip(".") else "tasks")
 
     def _rows(self, source: Any, options: RunOptions, folder: Path) -> Iterator[sources.Row]:
         if isinstance(source, (str, os.PathLike)):

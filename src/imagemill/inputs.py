@@ -226,11 +226,17 @@ class _Readings(Generic[T]):
             return error
 
 
+def _strength(path: str, what: str) -> str:
+    """How to write a strength, where the end of an adapter's path may have been meant as one."""
+    file, colon, tail = os.path.basename(path).rpartition(":")
+    return f", or write a number for {tail!r}, such as {file}:0.8" if what == "LoRA" and file and colon else ""
+
+
 def _regular_file(path: str, what: str) -> os.stat_result:
     try:
         state = os.stat(path)
     except FileNotFoundError:
-        raise InputError(f"{path}: there is no such {what} file; check the path") from None
+        raise InputError(f"{path}: there is no such {what} file; check the path{_strength(path, what)}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if stat.S_ISDIR(state.st_mode):

@@ -197,7 +197,9 @@ class Intake:
         source = pictures[0].size if pictures else None
         task = plan.resolve(task, row.index, self._defaults, model.planned, self._format, source)
         task = self._with_digests(task, found)
-        found += plan.problems(task, model.planned.family)
+        found += plan.problems(
+            task, model.planned.family, only_edits=model.known is not None and model.known.only_edits
+        )
         if found:
             return seq, found
         for one in plan.expand(task):
@@ -247,6 +249,8 @@ class Intake:
             with _as_problem(found, f"loras[{number}].path"):
                 self._reads(lora.path)
                 loras[number] = replace(lora, digest=self.inputs.lora(lora.path).digest)
+                if loras[number].digest in [other.digest for other in loras[:number]]:
+                    raise InputError(f"{lora.path}: is there twice; give it once, with the strength you want in all")
         return replace(task, loras=tuple(loras)) if loras else task
 
     def check(self, admission: Admission, *, skip_bad: bool, rerun_changed: bool, part: bool = False) -> Comparison:

@@ -48,7 +48,8 @@ class KnownModel:
 
     `repo` is its repository on the hub, empty for what is embedded. `parameters` are billions, text encoders and VAE
     included. `memory` is the need in bytes on the device at 1024x1024, one picture at a time. `defaults` go before
-    those of the family. `sizes` are the only widths and heights that it was trained at; empty where any will do.
+    those of the family. `sizes` are the only widths and heights that it was trained at; empty where any will do. `only_edits`
+    says that it makes no picture from text, though others of its family do.
     """
 
     name: str
@@ -60,6 +61,7 @@ class KnownModel:
     note: str = ""
     defaults: Defaults | None = None
     sizes: tuple[tuple[int, int], ...] = ()
+    only_edits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +106,11 @@ _CATALOGUE = (
         Defaults(128, 128, 8, 0.0),
         ((128, 128), (160, 96), (96, 160)),
     ),
-    _diffusion(
-        "tiny-edit", "", "flux2", 0.01, 1, "embedded: edits small pictures", Defaults(128, 128, 4, 1.0), ((128, 128),)
+    replace(
+        _diffusion("tiny-edit", "", "flux2", 0.01, 1, "embedded: edits small pictures"),
+        defaults=Defaults(128, 128, 4, 1.0),
+        sizes=((128, 128),),
+        only_edits=True,
     ),
     KnownModel("fake", "", "fake", "fake", 0.0, 0, "no model: test pictures, with scripted delays and failures"),
     _diffusion("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo", "z_image", 10.3, 3),

@@ -182,15 +182,16 @@ def file_stem(name: str) -> str:
     return stem
 
 
-def problems(task: Task, family: Traits) -> list[Problem]:
-    """Everything that is wrong with a resolved task; an empty list means that it can be run."""
+def problems(task: Task, family: Traits, *, only_edits: bool = False) -> list[Problem]:
+    """Everything that is wrong with a resolved task; an empty list means that it can be run. `only_edits` is for a model that
+    does not make pictures from text, though others of its family do."""
     found = _text_problems(task)
     found += _answer_problems(task) if answers(family) else [*_number_problems(task, family), *_path_problems(task)]
     for name in OPTIONAL_FIELDS:
         if getattr(task, name) not in (None, ()) and name not in family.fields:
             mend = "name one that edits (--model; `imagemill models` lists them)" if name == "images" else "remove it"
             found.append(Problem(name, f"the model {task.model!r} (family {family.name}) does not take it; {mend}"))
-    if task.images == () and "images" in family.fields and "prompt_only" not in family.fields:
+    if task.images == () and "images" in family.fields and (only_edits or "prompt_only" not in family.fields):
         found.append(Problem("images", f"the model {task.model!r} edits pictures; name at least one"))
     if len(task.images) > family.max_images and "images" in family.fields:
         most = f"{family.max_images} picture{'s' * (family.max_images > 1)}"

@@ -251,6 +251,10 @@ OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--sink", "tape"), ("--sink", "'tape'", "files")),
     (("--device", "tpu"), ("--device", "'tpu'", "cpu")),
     (("--lora", "gone.safetensors", "--model", "tiny"), ("gone.safetensors", "no such LoRA file")),
+    (
+        ("--lora", "pickle.pt:abc", "--model", "tiny"),
+        ("no such LoRA file", "or write a number for 'abc', such as pickle.pt:0.8"),
+    ),
     (("--lora", "pickle.pt", "--model", "tiny"), ("pickle.pt", "run code", "safetensors")),
     (("--lora", "text.safetensors:0.5", "--model", "tiny"), ("text.safetensors", "no safetensors")),
     (("--lora", "gone.safetensors:nan"), ("--lora", "finite", "FILE:0.8")),

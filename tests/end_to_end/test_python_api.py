@@ -381,8 +381,9 @@ def test_gpus_where_there_are_none_are_told_when_the_engine_is_made() -> None:
 
 def test_without_a_name_pictures_go_to_a_folder_of_their_own() -> None:
     with fake_engine() as engine:
-        folders = [str(engine.default_folder(source)) for source in ("birds.jsonl", "-", [{"prompt": "a"}], iter(()))]
-    assert folders == ["outputs/birds", "outputs/stdin", "outputs/python", "outputs/python"]
+        sources = ("birds.jsonl", "..jsonl", "-", [{"prompt": "a"}], iter(()))
+        folders = [str(engine.default_folder(source)) for source in sources]
+    assert folders == ["outputs/birds", "outputs/tasks", "outputs/stdin", "outputs/python", "outputs/python"]
 
 
 def generator(**settings: Any) -> MultiGPUImageGenerator:

@@ -9,7 +9,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from imagemill import models
 from imagemill.config import Settings
@@ -324,9 +326,25 @@ def test_a_model_that_is_not_known_is_a_problem_of_its_row(folder: Folder) -> No
     assert lines[0].startswith("task 1: model: ")
 
 
+def test_a_model_that_only_edits_wants_a_picture_though_its_family_does_not(folder: Folder) -> None:
+    lines = refused(folder, task("a", model="tiny-edit"), task("b"))
+    assert lines[0] == "task 1: images: the model 'tiny-edit' edits pictures; name at least one"
+
+
 def test_a_lora_file_that_is_missing_is_a_problem_of_its_row(folder: Folder, tmp_path: Path) -> None:
     lines = refused(folder, task("a", lora_path=str(tmp_path / "none.safetensors")))
     assert lines[0].startswith("task 1: loras[0].path: ")
+
+
+def test_an_adapter_that_a_task_names_twice_is_a_problem_of_its_row(folder: Folder, tmp_path: Path) -> None:
+    first, copy, other = paths = [str(tmp_path / f"{name}.safetensors") for name in ("a", "b", "c")]
+    for path, value in zip(paths, (1.0, 1.0, 2.0), strict=True):
+        parts = {"lora_A": np.full((4, 16), value, np.float32), "lora_B": np.full((16, 4), value, np.float32)}
+        save_file({f"transformer.layer.{part}.weight": tensor for part, tensor in parts.items()}, path)
+    assert refused(folder, task("a", loras=[first, other, copy]))[0] == (
+        f"task 1: loras[2].path: {copy}: is there twice; give it once, with the strength you want in all"
+    )
+    assert folder.takes(task("a", loras=[first, other])).admission.tasks == 1
 
 
 def test_each_model_is_looked_up_once(folder: Folder) -> None:
