@@ -12,6 +12,7 @@ from imagemill.config import Settings
 from imagemill.devices import Choice
 from imagemill.engine import Engine
 from imagemill.estimate import Estimate, Group
+from imagemill.folder_kinds import refuse_evaluation
 from imagemill.intake import Admission, Intake
 from imagemill.ledger import FILE_NAME, Ledger
 from imagemill.publish import OutputFolder
@@ -76,6 +77,7 @@ def forecast(
     With `rows` these are the tasks, and `source` is only their name. Raises what the run would raise before it starts.
     """
     folder = out if out is not None else Engine(config=settings).default_folder(source)
+    refuse_evaluation(folder)
     known = folder / FILE_NAME
     ledger = Ledger(known, read_only=True) if known.is_file() else Ledger(Path(":memory:"), folder=folder)
     try:

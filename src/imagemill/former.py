@@ -1,8 +1,8 @@
 """What tasks were before they changed: kept beside them in the ledger, so that a change that is broken off takes nothing away.
 
-A row of `former` says what was booked for a task while it had another content, or its picture another name: done, with the
-picture's receipt, or failed. It goes once a picture is booked that replaces its own. Until then the same content finds it
-again, if its picture is still what the receipt says: a crash may have put the next one in that place.
+A row of `former` says what was booked for a task while it had another content, or its picture another name, or before it was
+asked for once more: done, with the picture's receipt, or failed. It goes once a picture is booked that replaces its own. Until
+then the same content finds it again, if its picture is still what the receipt says: a crash may have put the next one there.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def mark(db: sqlite3.Connection, *, files: bool) -> None:
     known = "FROM former f JOIN tasks t ON t.id = f.id"
     answered = "json_extract(f.receipt, '$.answer') IS NOT NULL"
     db.execute(
-        f"UPDATE incoming AS i SET was = 1 {known} WHERE {IS_FORMER} AND {DIFFERS} "
+        f"UPDATE incoming AS i SET was = 1 {known} WHERE {IS_FORMER} AND ({DIFFERS} OR t.state != 'done') "
         f"AND (f.state = 'failed' OR {FILE} != '' OR {answered} OR NOT ?)",
         (files,),
     )
@@ -85,8 +85,16 @@ def keep(db: sqlite3.Connection) -> None:
     )
 
 
+def keep_done(db: sqlite3.Connection, names: Iterable[str]) -> None:
+    """Remember what is done of these tasks, which are to be done once more."""
+    db.executemany(
+        f"INSERT OR REPLACE INTO former ({COLUMNS}) SELECT {COLUMNS} FROM tasks WHERE id = ? AND state = 'done'",
+        ((name,) for name in names),
+    )
+
+
 def bring_back(db: sqlite3.Connection) -> None:
-    """Book for the tasks of marked rows, which have their content already, what was booked for it then."""
+    """Book for the tasks of marked rows, which have their content by now, what was booked for it then."""
     db.execute(
         f"UPDATE tasks SET {', '.join(f'{name} = f.{name}' for name in BOOKED)} "
         f"FROM incoming i JOIN former f ON {IS_FORMER} WHERE i.was AND tasks.id = i.id"
@@ -103,7 +111,8 @@ def forget(db: sqlite3.Connection, done: Iterable[tuple[str, str]]) -> None:
 def remaining(db: sqlite3.Connection, run: int) -> Iterator[str]:
     """The paths of pictures that tasks of the run had before and that no booked picture has replaced; the files may be gone."""
     rows = db.execute(
-        f"SELECT f.path FROM former f JOIN tasks t ON t.id = f.id WHERE t.run = ? AND {FILE} != '' AND NOT EXISTS "
+        f"SELECT f.path FROM former f JOIN tasks t ON t.id = f.id WHERE t.run = ? AND {FILE} != '' "
+        "AND (f.fingerprint != t.fingerprint OR f.path != t.path) AND NOT EXISTS "
         "(SELECT 1 FROM tasks o WHERE o.path_key = f.path_key AND json_extract(o.receipt, '$.path') != '') "
         "GROUP BY f.path ORDER BY min(t.position), f.path",
         (run,),

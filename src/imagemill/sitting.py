@@ -17,6 +17,7 @@ from imagemill.crashpoints import crash_point
 from imagemill.crew import Crew
 from imagemill.devices import Choice
 from imagemill.errors import ImagemillError, InputError, NoWorkersError, OutputError
+from imagemill.folder_kinds import refuse_evaluation
 from imagemill.intake import Admission, Intake, Models
 from imagemill.ledger import FILE_NAME, Ledger
 from imagemill.logfiles import DRIVER, LogFiles
@@ -126,6 +127,8 @@ class Sitting:
             stack.callback(folder.close)
             stack.callback(crash_point, "after-ledger-close")
             folder.refuse_links(self._written())
+            if options.ledger is None:
+                refuse_evaluation(path)
             ledger = Ledger(options.ledger or path / FILE_NAME, folder=path.resolve())
             stack.callback(ledger.close)
             stack.callback(crash_point, "before-ledger-close")

@@ -264,7 +264,8 @@ class Staging:
     def apply(self, run: int, *, retry: Sequence[str] = (), again: Iterable[str] = ()) -> None:
         """Make the staged rows the work of the run: new and changed ones, and what is to be done again.
 
-        `retry` are kinds of failures to try again, `again` ids whose pictures are gone or altered.
+        `retry` are kinds of failures to try again, `again` ids that are to be done once more: what is booked for them is found
+        again, if its picture is whole, until another is booked.
         """
         db = self._db
         former.keep(db)
@@ -278,6 +279,8 @@ class Staging:
             f"FROM incoming i WHERE i.id = t.id AND {former.DIFFERS}"
         )
         former.bring_back(db)
+        again = tuple(again)
+        former.keep_done(db, again)
         reopen = "UPDATE tasks SET state = 'pending', kind = NULL, message = NULL, receipt = NULL, elapsed = NULL"
         db.executemany(f"{reopen} WHERE id = ?", ((name,) for name in again))
         db.executemany(

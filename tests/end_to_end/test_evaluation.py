@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,48 @@ def test_a_first_ctrl_c_ends_what_is_in_flight_and_the_command_goes_on_later(sta
     assert set(place.attempts(f"out/{stage}").values()) == {1}
 
 
+def test_a_ctrl_c_while_the_last_edits_are_in_flight_begins_no_judging(place: Workplace) -> None:
+    bench(place, 2, lambda number: {"delay": 4.0 if number else 0.1})
+    started = place.start(*FAKE, "--workers", "2", "--schedule", "lockstep")
+    until(lambda: done(place, "edits") == 1)
+    started.signal(signal.SIGINT)
+    ended = started.wait()
+    assert ended.code == 130, ended.text
+    assert "the same command goes on" in ended.out
+    assert done(place, "edits") == 2
+    assert not (place.folder / "out" / "judgments").exists()
+    assert place(*FAKE, "--workers", "2").code == 0
+
+
+# --- the other command's folder ---------------------------------------------------------------------------------------
+
+
+def test_runs_and_evaluations_do_not_replace_each_others_reports(place: Workplace) -> None:
+    bench(place, 2)
+    place.tasks([{"prompt": "a"}], "tasks.jsonl")
+    run = ("run", "tasks.jsonl", "--model", "fake", "--device", "cpu", "--out")
+    assert place(*FAKE).code == 0
+    assert place(*run, "run").code == 0
+    before = {name: files(place.folder / name) for name in ("out", "run")}
+    text = "out: holds an evaluation, whose report a run would replace; give the run another --out"
+    for command in ((*run, "out"), ("plan", *run[1:], "out")):
+        ended = place(*command)
+        assert (ended.code, ended.err.strip()) == (2, f"imagemill: {text}"), ended.text
+    text = "/run: holds a run, whose report an evaluation would replace; give the evaluation another --out"
+    evaluation = [*FAKE[: FAKE.index("--out")], *FAKE[FAKE.index("--out") + 2 :], "--out", "run"]
+    for more in ((), ("--dry-run",)):
+        ended = place(*evaluation, *more)
+        assert ended.code == 2, ended.text
+        assert ended.err.strip().endswith(text)
+    assert {name: files(place.folder / name) for name in ("out", "run")} == before
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Its reports, and the names of all else."""
+    found = {path: path.read_bytes() if path.suffix in (".json", ".md", ".html") else b"" for path in folder.rglob("*")}
+    return {str(path): content for path, content in found.items() if not path.is_dir()}
+
+
 # --- no invented score ------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +372,18 @@ def test_rejudge_failed_asks_again_about_what_has_no_score_alone(place: Workplac
     assert set(place.attempts("out/edits").values()) == {1}
 
 
+def test_rejudge_all_that_the_judge_fails_in_costs_no_score(place: Workplace) -> None:
+    bench(place, 6)
+    assert place(*FAKE).code == 0
+    bench(place, 6, lambda number: {"fail": "bad_task"} if number < 4 else {"answer": "Score: 7"})
+    assert place(*FAKE, "--rejudge", "all").code == 1
+    assert list(statuses(place).values()).count("ok") == 2
+    ended = place(*FAKE)
+    assert ended.code == 0, ended.text
+    scores = {item: row["score"] for item, row in judgments(place).items()}
+    assert scores == {**{f"e{number}": float(number) for number in range(4)}, "e4": 7.0, "e5": 7.0}
+
+
 def test_other_edits_are_asked_for_and_judged_anew(place: Workplace) -> None:
     bench(place, 4)
     assert place(*FAKE).code == 0
@@ -399,9 +454,17 @@ def test_compare_refuses_what_is_no_evaluation_and_unlike_scores(place: Workplac
     bench(place, 4)
     assert place(*FAKE).code == 0
     assert place(*(part if part != "out" else "other" for part in (*EVAL, "--judge", "preservation"))).code == 0
+    rows = [json.loads(line) for line in (place.folder / "items.jsonl").read_text().splitlines()]
+    place.tasks([row | {"target": row["image"]} for row in rows], "pairs.jsonl")
+    pairs = {"items.jsonl": "pairs.jsonl", "out": "target"}
+    assert place(*(pairs.get(part, part) for part in (*EVAL, "--judge", "reference"))).code == 0
+    shutil.copytree(place.folder / "out", place.folder / "empty")
+    (place.folder / "empty" / "report.json").write_text("{}")
     for arguments, text in (
         (("out", "nowhere"), "holds no finished evaluation"),
         (("out", "other"), "the scores are not of one kind"),
+        (("target", "other"), "the scores are not of one kind (judge:reference and judge:preservation)"),
+        (("empty", "other"), "report.json is no evaluation's: it has no title"),
     ):
         ended = place("compare", *arguments)
         assert (ended.code, len(ended.err.splitlines())) == (2, 1)

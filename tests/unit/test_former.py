@@ -262,6 +262,25 @@ def test_what_is_found_again_can_be_asked_for_once_more(folder: Folder) -> None:
     assert folder.takes(again=("a", "c")) == ["a", "c"]
 
 
+def test_what_was_asked_for_once_more_is_found_until_there_is_another(folder: Folder) -> None:
+    for name in NAMES:
+        folder.settles(name, Settle(0, 1, 0, receipt=Receipt(0, 1, 0, 0, answer=Answer(f"answer of {name}", 3))))
+    assert folder.takes(again=NAMES) == list(NAMES)
+    folder.fails("a")
+    folder.settles("b", Settle(0, 1, 0, receipt=Receipt(0, 1, 0, 0, answer=Answer("another", 3))))
+    assert folder.takes() == []
+    assert folder.states() == dict.fromkeys(NAMES, "done")
+    assert [name for name in NAMES if f"answer of {name}" in folder.rows()[name]["receipt"]] == ["a", "c"]
+
+
+def test_a_damaged_picture_that_is_not_made_again_is_not_found(folder: Folder) -> None:
+    folder.writes("a")
+    assert folder.takes() == ["a"]
+    folder.fails("a")
+    assert folder.takes() == []
+    assert folder.states()["a"] == "oom"
+
+
 def test_variants_of_one_row_are_found_each_for_itself(tmp_path: Path) -> None:
     folder, row = Folder(tmp_path / "out"), ({"id": "a", "prompt": "a", "num_images": 3},)
     folder.takes(tasks=row)
@@ -355,7 +374,7 @@ def test_a_ledger_that_is_older_is_read_and_gone_on_with(folder: Folder) -> None
 SETTINGS = st.tuples(st.integers(1, 3), st.sampled_from(["png", "jpg"]))
 EVENTS = st.one_of(
     st.tuples(st.just("takes"), SETTINGS),
-    st.tuples(st.sampled_from(["makes", "makes", "writes", "fails", "loses"]), st.sampled_from(NAMES)),
+    st.tuples(st.sampled_from(["makes", "makes", "writes", "fails", "loses", "again"]), st.sampled_from(NAMES)),
 )
 
 
@@ -368,17 +387,18 @@ def test_in_any_order_what_was_booked_and_not_replaced_is_found_and_nothing_else
 
 class Story:
     """What happens in a folder. `booked` is what must be found: the state of each task under each settings, while its file is
-    as it was; `stray` are pictures that have their names and were not booked."""
+    as it was; `stray` are pictures that have their names and were not booked; `open` are tasks asked for once more."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder, self.now = folder, (1, "png")
         self.booked: dict[tuple[str, tuple[int, str]], str] = {}
         self.stray: set[str] = set()
+        self.open: set[str] = set()
         folder.takes(*self.now)
 
     def goes(self, events: list[tuple[str, Any]]) -> None:
         for what, which in [*events, ("takes", (1, "png"))]:
-            if what in ("takes", "loses") or (which, self.now) not in self.booked:
+            if what in ("takes", "loses", "again") or (which, self.now) not in self.booked or which in self.open:
                 getattr(self, what)(which)
 
     def takes(self, wanted: tuple[int, str]) -> None:
@@ -389,10 +409,17 @@ class Story:
             for path in self.stray & paths:
                 (self.folder.path / path).unlink()
             self.stray -= paths
-        self.now = wanted
+        self.now, self.open = wanted, set()
         todo = [name for name in NAMES if (name, wanted) not in self.booked]
         assert self.folder.takes(*wanted) == todo
         self.folder.check()
+
+    def again(self, name: str) -> None:
+        if self.booked.get((name, self.now)) == "failed":
+            del self.booked[name, self.now]
+        todo = [one for one in NAMES if (one, self.now) not in self.booked or one == name]
+        assert self.folder.takes(*self.now, again=(name,)) == todo
+        self.open = {name}
 
     def loses(self, name: str) -> None:
         path = f"{name}.{self.now[1]}"
@@ -410,11 +437,12 @@ class Story:
         self.replaced(name)
         self.booked = {key: state for key, state in self.booked.items() if key[0] != name or state == "done"}
         self.booked[name, self.now] = "done"
+        self.open.discard(name)
         self.stray.discard(f"{name}.{self.now[1]}")
 
     def fails(self, name: str) -> None:
         self.folder.fails(name)
-        self.booked[name, self.now] = "failed"
+        self.booked.setdefault((name, self.now), "failed")
 
     def replaced(self, name: str) -> None:
         """Of the pictures under the name that the task's has now none is left."""

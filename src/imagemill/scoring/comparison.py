@@ -24,6 +24,9 @@ DIFFERS = {
 }
 """Entries of the manifests, and what it means when they are not equal: the difference is then not of the edits alone."""
 
+METRICS = frozenset({"judge:reference", "judge:preservation"})
+"""Judges whose scores have one name and tell of different things: likeness to the target, and to the source."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -54,6 +57,11 @@ def compare_runs(first: Path, second: Path) -> Comparisons:
                 f"{first} and {second}: the scores are not of one kind ({name} {one.summary[name]} and "
                 f"{other.summary[name]}); compare runs of one judge"
             )
+    judges = [_entry(run.summary["manifest"], "judge.model") for run in (one, other)]
+    if judges[0] != judges[1] and set(judges) <= METRICS:
+        raise InputError(
+            f"{first} and {second}: the scores are not of one kind ({judges[0]} and {judges[1]}); compare runs of one judge"
+        )
     try:
         found = compare(one.judgments, other.judgments, {**other.sources, **one.sources})
     except ValueError as error:
@@ -88,6 +96,8 @@ def _read(folder: Path) -> Run:
     names = [field.name for field in fields(Judgment)]
     try:
         summary = json.loads((folder / DATA).read_text("utf-8"))
+        if absent := [name for name in ("title", "headline", "scale", "manifest") if name not in summary]:
+            raise ValueError(f"{DATA} is no evaluation's: it has no {absent[0]}")
         rows = [json.loads(line) for line in (folder / JUDGMENTS).read_text("utf-8").split("\n") if line]
         judgments = tuple(Judgment(**{name: row[name] for name in names}) for row in rows)
         return Run(folder, summary, judgments, {row["item"]: row["source"] for row in rows})

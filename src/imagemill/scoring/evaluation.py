@@ -20,6 +20,7 @@ from imagemill.config import Settings
 from imagemill.downloads import FOLDER, Downloads
 from imagemill.engine import Engine
 from imagemill.errors import InputError, TaskFileError
+from imagemill.folder_kinds import EDITS, JUDGMENTS, refuse_run
 from imagemill.inputs import Inputs
 from imagemill.intake import SKIP_BAD
 from imagemill.progress import Progress
@@ -38,8 +39,8 @@ from imagemill.scoring.settings import EvalSettings
 from imagemill.scoring.settlement import Edits, settle, unreadable
 from imagemill.sitting import RunOptions
 
-EDITS, JUDGMENTS, SOURCES = "edits", "judgments", "sources"
-"""Folders inside the output folder: of the two runs, and of pictures that lay inside the benchmark's file."""
+SOURCES = "sources"
+"""Where, inside the output folder, pictures lie that were inside the benchmark's file."""
 
 MEND = "mend the items, or choose others (--categories)"
 """What there is to do about items that make no task."""
@@ -107,20 +108,24 @@ class Evaluation:
         self._options = options or RunOptions()
         self._shows = shows or displays(quiet=True)
         self._engine: Engine | None = None
+        self._stopping = False
 
     def drain(self) -> bool:
-        """Let the stage end what is in flight and stop; False when no stage is under way."""
-        return self._engine is not None and self._engine.drain()
+        """Let the stage end what is in flight and begin no other; False when no stage is under way."""
+        self._stopping = self._engine is not None and self._engine.drain()
+        return self._stopping
 
     def cancel(self) -> bool:
         """Stop the stage at once; False when no stage is under way."""
-        return self._engine is not None and self._engine.cancel()
+        self._stopping = self._engine is not None and self._engine.cancel()
+        return self._stopping
 
     def run(self) -> EvalReport:
         """Both stages and the report. Raises as `evaluate` does."""
         lock = OutputFolder(self.folder)
         try:
             lock.refuse_links([SOURCES])
+            refuse_run(self.folder)
             return self._run()
         finally:
             lock.close()
@@ -134,7 +139,7 @@ class Evaluation:
         editor, judged_by = stage_settings.editor(stages[0]), crew.find_models(stages[1]).get(None).spec
         judges.check_endpoint(judged_by)
         edits = self._edit(items, stages[0], without_target(items, judge))
-        if edits is None:
+        if edits is None or self._stopping:
             return EvalReport(self.folder, len(items), stopped=True)
         asked = list(self._asks(items, edits, judge))
         answered = self._judge(asked, stages[1], items, edits, judge)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from imagemill import crew, sources
 from imagemill.errors import TaskFileError
+from imagemill.folder_kinds import EDITS, refuse_run
 from imagemill.forecast import forecast
 from imagemill.listing import columns, forecast_text, gib
 from imagemill.scoring import stage_settings
 from imagemill.scoring.controls import CONTROLS
-from imagemill.scoring.evaluation import EDITS, by_item, check, edit_rows, items_of, missing, without_target
+from imagemill.scoring.evaluation import by_item, check, edit_rows, items_of, missing, without_target
 from imagemill.scoring.examiner import Examiner, examiner
 from imagemill.scoring.item import Item
 from imagemill.scoring.settings import EvalSettings
@@ -22,6 +23,7 @@ from imagemill.sitting import RunOptions
 
 def outlook(settings: EvalSettings, options: RunOptions) -> str:
     """The plan of both stages as text. Raises what the evaluation would raise before it starts."""
+    refuse_run(Path(settings.out))
     with tempfile.TemporaryDirectory(prefix="imagemill-") as cache:
         items = items_of(settings, Path(cache))
         judge = examiner(settings, items)
