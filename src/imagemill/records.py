@@ -214,10 +214,12 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a judge said: its text as it came, and how many tokens it generated (0 where nothing counts them)."""
+    """What a judge said: its text as it came, and how many tokens it generated (0 where nothing counts them). `cut` says that
+    the limit of tokens ended it."""
 
     text: str
     tokens: int
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)

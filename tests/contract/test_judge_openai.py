@@ -215,6 +215,10 @@ def test_retry_after_of_a_reply_is_honoured(
     ("reply", "answer"),
     [
         (completion("Score: 8", 3), Answer("Score: 8", 3)),
+        (
+            {"choices": [{"message": {"content": "Score: 1"}, "finish_reason": "length"}]},
+            Answer("Score: 1", 0, cut=True),
+        ),
         (completion([{"type": "text", "text": "Score"}, {"type": "text", "text": ": 8"}]), Answer("Score: 8", 7)),
         (completion(None), Answer("", 7)),
         ({"choices": [{"message": {"content": None, "refusal": "I cannot"}}]}, Answer("I cannot", 0)),

@@ -134,6 +134,13 @@ def test_a_task_without_a_picture_may_share_an_order(folder: Path, pictures: lis
     assert [text_of(together[n]) for n in range(3)] == [text_of(judge(runner, [task], spec)[0]) for task in tasks]
 
 
+def test_an_answer_without_an_end_was_cut_off(folder: Path) -> None:
+    runner = loaded(spec_of(folder))
+    ends = runner._model.generation_config.eos_token_id
+    end = ends if isinstance(ends, int) else ends[0]
+    assert [runner._answer(ids).cut for ids in ([5, 6], [5, 6, end], [5, end, end])] == [True, False, False]
+
+
 def test_the_pixel_budget_is_what_the_model_sees(folder: Path, pictures: list[str]) -> None:
     task = Task("a", "how good?", images=(pictures[7],))
     small, large = spec_of(folder, pixels=4096), spec_of(folder)

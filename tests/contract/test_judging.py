@@ -77,7 +77,10 @@ def test_results_and_reports_hold_the_answers(tmp_path: Path, images: list[str])
     judge([*asked(2, images), bad], tmp_path / "o")
     write_reports(tmp_path / "o")
     rows = [json.loads(line) for line in (tmp_path / "o" / "results.jsonl").read_text().splitlines()]
-    assert [row.get("answer") for row in rows] == [*({"text": f"Score: {n}", "tokens": 2} for n in range(2)), None]
+    assert [row.get("answer") for row in rows] == [
+        *({"text": f"Score: {n}", "tokens": 2, "cut": False} for n in range(2)),
+        None,
+    ]
     assert [row["path"] for row in rows] == [None] * 3
     assert [row.get("system_prompt") for row in rows] == ["be fair", "be fair", None]
     report = json.loads((tmp_path / "o" / "report.json").read_text())

@@ -358,6 +358,15 @@ def test_viescore_asks_two_questions_an_item(place: Workplace) -> None:
     assert (images["e0.semantic_consistency"], images["e0.perceptual_quality"]) == (2, 1)
 
 
+def test_an_answer_that_was_cut_off_is_no_score_and_the_mend_is_told(place: Workplace) -> None:
+    bench(place, 2, lambda number: {"answer": "Score: 1", "cut": number == 1})
+    ended = place(*FAKE)
+    assert ended.code == 1, ended.text
+    assert statuses(place) == {"e0": "ok", "e1": "parse_failed"}
+    assert "raise max_new_tokens" in ended.out
+    assert judgments(place)["e1"]["text"] == "Score: 1"
+
+
 def test_rejudge_failed_asks_again_about_what_has_no_score_alone(place: Workplace) -> None:
     bench(place, 9, nonsense)
     assert place(*FAKE).code == 1

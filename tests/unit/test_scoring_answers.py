@@ -531,3 +531,49 @@ def test_a_status_and_scores_that_disagree_are_a_defect() -> None:
 def test_a_scale_has_two_ends_in_order(low: float, high: float) -> None:
     with pytest.raises(ValueError, match="is none"):
         Scale(low, high)
+
+
+# --- cut off by the limit of tokens -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ('{"score": 8, "reasoning": "the colours of', 8.0),
+        ('```json\n{\n  "score": 8.5,\n  "reasoning": "the col', 8.5),
+        ('{"score": 7, "reasoning": "fine"}\nMoreover, the', 7.0),
+        ("Score: 8\nReason: the sky is blue and the", 8.0),
+        ("**Score:** 6/10\n\nThe edit keeps the", 6.0),
+    ],
+)
+def test_of_an_answer_that_was_cut_off_a_score_that_has_an_end_counts(text: str, score: float) -> None:
+    assert parse_answer(text, cut=True).scores == {"score": score}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "At first glance I would rate this 8/10. However, looking closer, the",
+        "At first glance I would rate this 8/10.\nHowever, looking closer, the",
+        "Score: 1",
+        "The edit is good.\nScore: 1",
+        '{"score": 1',
+        '{"reasoning": "the sky", "score": 1',
+        "8",
+        "I cannot see much of",
+        "<think>The sky",
+        "",
+    ],
+)
+def test_what_may_have_gone_on_is_no_score_and_the_mend_is_told(text: str) -> None:
+    answer = parse_answer(text, cut=True)
+    assert (answer.status, dict(answer.scores)) == ("parse_failed", {})
+    assert "raise max_new_tokens" in answer.problem
+
+
+def test_two_scores_that_are_cut_off_are_none() -> None:
+    parts = ("consistency", "quality")
+    assert parse_answer("Consistency: 8\nQuality: 7\nThe", TEN, parts, cut=True).scores == dict(
+        zip(parts, (8, 7), strict=True)
+    )
+    assert parse_answer("Consistency: 8\nQuality: 1", TEN, parts, cut=True).status == "parse_failed"

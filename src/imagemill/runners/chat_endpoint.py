@@ -130,11 +130,12 @@ def read_key(variable: str) -> str:
 
 
 def read_answer(reply: Any) -> Answer:
-    """The answer of a chat completion: its text, or the words of its refusal, or nothing.
+    """The answer of a chat completion: its text, or the words of its refusal, or nothing; and whether it was cut off.
 
     Raises `LookupError`, `TypeError` or `AttributeError` for what is no chat completion.
     """
-    message = reply["choices"][0]["message"]
+    choice = reply["choices"][0]
+    message = choice["message"]
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(part.get("text") or "" for part in content)
@@ -142,7 +143,8 @@ def read_answer(reply: Any) -> Answer:
     if not isinstance(text, str):
         raise TypeError("the content is no text")
     tokens = (reply.get("usage") or {}).get("completion_tokens")
-    return Answer(text, tokens if isinstance(tokens, int) and not isinstance(tokens, bool) else 0)
+    counted = tokens if isinstance(tokens, int) and not isinstance(tokens, bool) else 0
+    return Answer(text, counted, cut=choice.get("finish_reason") == "length")
 
 
 def said(response: Response) -> str:

@@ -179,7 +179,7 @@ def picture(planned: PlannedTask, black: bool = False) -> Image:
 def answer_to(planned: PlannedTask, script: Mapping[str, Any]) -> Answer:
     """The scripted text, else a score from 0 to 10 that the fingerprint gives; its words are counted as tokens."""
     text = str(script["answer"]) if "answer" in script else f"Score: {int(planned.fingerprint, 16) % 11}"
-    return Answer(text, len(text.split()))
+    return Answer(text, len(text.split()), cut=bool(script.get("cut")))
 
 
 def wait(seconds: float, steps: int, on_step: Any) -> None:

@@ -280,11 +280,13 @@ class VisionLanguageRunner(Untold):
         return self._inputs.whole(texts, shown, device, dtype)
 
     def _answer(self, ids: Sequence[int]) -> Answer:
-        """The text up to the first token that ends it, and how many tokens were generated for it."""
+        """The text up to the first token that ends it, and how many tokens were generated for it; cut where there is none."""
         ends = self._model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
-        stop = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
-        return Answer(self._processor.tokenizer.decode(ids[:stop], skip_special_tokens=True).strip(), stop)
+        end = next((place + 1 for place, token in enumerate(ids) if token in ends), None)
+        stop = len(ids) if end is None else end
+        text = self._processor.tokenizer.decode(ids[:stop], skip_special_tokens=True).strip()
+        return Answer(text, stop, cut=bool(ends) and end is None)
 
     def unload(self) -> None:
         """Drop the model and give the device's cached memory back, after what is being answered."""

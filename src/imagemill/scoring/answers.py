@@ -15,11 +15,15 @@ from imagemill.scoring.structured import objects, reason_of, scores_of
 LONGEST = 50_000
 """Characters of an answer, without its thinking, that are read at most."""
 
+CUT = "the answer was cut off by the limit of tokens before a clear score; raise max_new_tokens"
+"""What is said of such an answer."""
+
 SINGLE = ("score",)
 """The parts of a question that asks for one score."""
 
 THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+ENDED = re.compile(r'\n|(?<=["\w\]}],)\s*(?=")')
 SPECIAL = re.compile(r"<\|[^|<>]{1,40}\|>")
 REASON = re.compile(
     r"(?:reason(?:ing)?|rationale|explanation|justification|理由|原因|解释)[*_\"']*\s*[:：][*_]*\s*[\"']?(.+)",
@@ -57,7 +61,7 @@ class Answer:
             raise ValueError(f"the status is {self.status}, the scores {dict(self.scores)}")
 
 
-def parse_answer(text: str, scale: Scale = TEN, parts: Sequence[str] = SINGLE) -> Answer:
+def parse_answer(text: str, scale: Scale = TEN, parts: Sequence[str] = SINGLE, *, cut: bool = False) -> Answer:
     """Read a judge's raw text: the score of each of `parts`, on `scale`.
 
     Taken are JSON (alone, fenced, inside prose), `Score: 8.5`, `8.5/10`, `4.`, `评分：8`, a number alone on the first or
@@ -66,16 +70,23 @@ def parse_answer(text: str, scale: Scale = TEN, parts: Sequence[str] = SINGLE) -
     is 0 to 100), what is out of range, no score at all. `refused` is an answer without any score that declines.
 
     JSON goes before the prose around it, unless a line there begins with a label (`Score: 7`) and says another score.
+
+    Of an answer that was `cut` off by the limit of tokens, JSON that is closed counts, and what begins with a label and has an
+    end (a line, an entry of JSON): of all else nobody knows how it would have gone on.
     """
     try:
         visible = _visible(text)
         found, outside = _json(visible)
+        if cut:
+            outside = _labelled_lines(outside, scale, parts)
     except Unclear as problem:
-        return Answer("parse_failed", problem=str(problem))
+        return Answer("parse_failed", problem=f"{problem}; {CUT}" if cut else str(problem))
     reason = reason_of(found) or _reason(outside)
     try:
         scores = _scores(visible, found, outside, scale, parts)
     except Missing as problem:
+        if cut:
+            return Answer("parse_failed", reason=reason, problem=CUT)
         status: Literal["refused", "parse_failed"] = "refused" if declines(visible) else "parse_failed"
         return Answer(status, reason=reason, problem="the judge declines" if status == "refused" else str(problem))
     except Unclear as problem:
@@ -109,6 +120,12 @@ def _without_thoughts(text: str) -> str:
     if thinking:
         raise Unclear("the answer ends inside its thinking")
     return "".join(kept) + text[position:]
+
+
+def _labelled_lines(text: str, scale: Scale, parts: Sequence[str]) -> str:
+    """The lines and entries of JSON that have an end; where one score is asked for, those of them that begin with its label."""
+    lines = [f"{line}\n" for line in ENDED.split(text)[:-1]]
+    return "".join(line for line in lines if len(parts) > 1 or line_scores(normalise(line), scale))
 
 
 def _json(text: str) -> tuple[list[object], str]:

@@ -41,8 +41,8 @@ class Examiner(Protocol):
     def images(self, item: Item, edit: str, question: Question) -> tuple[str, ...]:
         """The paths of the pictures that go with the question, in order."""
 
-    def read(self, item: Item, texts: Sequence[str]) -> Verdict:
-        """What the raw answers to `questions(item)` say."""
+    def read(self, item: Item, texts: Sequence[str], cut: Sequence[bool] = ()) -> Verdict:
+        """What the raw answers to `questions(item)` say; `cut` tells those that the limit of tokens has ended."""
 
     def as_json(self) -> dict[str, Any]:
         """For the report's manifest."""
@@ -81,9 +81,9 @@ class RubricExaminer:
         """Source and edit, or the edit alone."""
         return (item.image, edit) if self.both and question.images == "both" else (edit,)
 
-    def read(self, item: Item, texts: Sequence[str]) -> Verdict:
+    def read(self, item: Item, texts: Sequence[str], cut: Sequence[bool] = ()) -> Verdict:
         """By the category's rubric."""
-        return self.rubrics[item.category].read(texts)
+        return self.rubrics[item.category].read(texts, cut)
 
     def as_json(self) -> dict[str, Any]:
         """The rubric's name and its revision by category."""
@@ -123,7 +123,7 @@ class MeasureExaminer:
         other = item.target if self.measure.name == "reference" else item.image
         return (edit, other, item.mask) if item.mask else (edit, other)
 
-    def read(self, item: Item, texts: Sequence[str]) -> Verdict:
+    def read(self, item: Item, texts: Sequence[str], cut: Sequence[bool] = ()) -> Verdict:
         """The figures."""
         return self.measure.read(texts)
 

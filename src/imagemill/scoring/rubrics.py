@@ -98,10 +98,10 @@ class Rubric:
                 names += question.parts
         return tuple(names)
 
-    def read(self, texts: Sequence[str]) -> Verdict:
-        """The verdict of raw answers, one of each question in order."""
-        pairs = zip(self.questions, texts, strict=True)
-        return self.combine([parse_answer(text, self.scale, question.parts) for question, text in pairs])
+    def read(self, texts: Sequence[str], cut: Sequence[bool] = ()) -> Verdict:
+        """The verdict of raw answers, one of each question in order; `cut` says which the limit of tokens has ended."""
+        known = zip(self.questions, texts, cut or [False] * len(texts), strict=True)
+        return self.combine([parse_answer(text, self.scale, question.parts, cut=off) for question, text, off in known])
 
     def combine(self, answers: Sequence[Answer]) -> Verdict:
         """The verdict of answers, one of each question in order. One answer without scores leaves all without.

@@ -130,7 +130,8 @@ def _control(
 
 
 def _judged(item: Item, outcomes: Sequence[tuple[Ask, Outcome | None]], examiner: Examiner) -> Judgment:
-    texts = [outcome.answer.text for _, outcome in outcomes if outcome is not None and outcome.answer is not None]
+    answers = [outcome.answer for _, outcome in outcomes if outcome is not None and outcome.answer is not None]
+    texts = [answer.text for answer in answers]
     cost: dict[str, Any] = {
         "text": texts[0] if len(outcomes) == 1 and texts else _joined(outcomes),
         "tokens": sum(one.answer.tokens for _, one in outcomes if one is not None and one.answer is not None),
@@ -141,7 +142,7 @@ def _judged(item: Item, outcomes: Sequence[tuple[Ask, Outcome | None]], examiner
         reasons = (f"{one.kind}: {one.message}" if one is not None else "not reached" for _, one in failed)
         gone = unreadable((item.target, item.mask)) if any(_is_bad(one) for _, one in failed) else ""
         return _none(item, "missing_image" if gone else "error", gone or "; ".join(dict.fromkeys(reasons)), **cost)
-    verdict = examiner.read(item, texts)
+    verdict = examiner.read(item, texts, [answer.cut for answer in answers])
     return Judgment(
         item.id,
         item.category,
