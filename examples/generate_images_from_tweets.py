@@ -26,6 +26,9 @@ def main(argv: list[str]) -> int:
     except imagemill.ImagemillError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command does what is left", file=sys.stderr)
+        return 130
     print(f"{report.done} done, {report.failed} failed; the report is {out / 'report.html'}")
     return 1 if report.failed else 0
 

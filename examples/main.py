@@ -23,6 +23,9 @@ def main() -> int:
     except imagemill.ImagemillError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command does what is left", file=sys.stderr)
+        return 130
     print("\n".join(summary(report)))
     return report.exit_code
 

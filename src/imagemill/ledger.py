@@ -72,6 +72,10 @@ class Attempt:
     batch_size: int
 
 
+REPAIR = "; `imagemill repair"
+"""How the mend of a damaged ledger begins, for callers that have another."""
+
+
 class Ledger:
     """The open ledger of one folder. Not shared between threads.
 
@@ -120,7 +124,7 @@ class Ledger:
     def _damaged(self, what: str) -> LedgerError:
         """What is wrong, and what to do, in one line."""
         return LedgerError(
-            f"{self.path}: the ledger does not read ({' '.join(what.split())}); `imagemill repair {self.path.parent}` "
+            f"{self.path}: the ledger does not read ({' '.join(what.split())}){REPAIR} {self.path.parent}` "
             "rebuilds it from the pictures; or move the folder away or give another --out, every picture is then made again"
         )
 

@@ -223,6 +223,23 @@ def test_a_ctrl_c_while_the_last_edits_are_in_flight_begins_no_judging(place: Wo
     assert place(*FAKE, "--workers", "2").code == 0
 
 
+@pytest.mark.parametrize("stage", ["edits", "judgments"])
+def test_a_damaged_ledger_names_a_mend_that_works(stage: str, place: Workplace) -> None:
+    bench(place, 2)
+    assert place(*FAKE).code == 0
+    before = timeless(place.folder / "out")
+    ledger = place.folder / "out" / stage / "ledger.sqlite"
+    ledger.write_bytes(ledger.read_bytes()[:5000])
+    ended = place(*FAKE)
+    assert ended.code == 2, ended.text
+    (line,) = ended.err.strip().splitlines()[-1:]
+    assert f"{stage}/ledger.sqlite: the ledger does not read" in line
+    assert line.endswith("; move its folder away, and that stage is done anew")
+    ledger.parent.rename(place.folder / "away")
+    assert place(*FAKE).code == 0
+    assert timeless(place.folder / "out") == before
+
+
 # --- the other command's folder ---------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -19,7 +20,7 @@ import pytest
 from PIL import Image
 
 import imagemill
-from command import descendants
+from command import descendants, until
 from imagemill import (
     Engine,
     InputError,
@@ -546,6 +547,18 @@ def test_the_example_script_makes_the_pictures_of_a_tweet_batch(root: Path, tmp_
     assert f"{len(tweets)} done, 0 failed" in ended.stdout
     assert len(list((tmp_path / "outputs" / "tweets").glob("*.png"))) == len(tweets)
     assert (tmp_path / "outputs" / "tweets" / "report.html").is_file()
+
+
+def test_the_example_script_answers_ctrl_c_with_a_line(root: Path, tmp_path: Path) -> None:
+    tweet = {"image_generation": {"scene_hint": "an owl", "fake": {"delay": 600}}}
+    (tmp_path / "slow.json").write_text(json.dumps({"persona": {"name": "P"}, "tweets": [tweet]}))
+    command = [sys.executable, root / "examples" / "generate_images_from_tweets.py", "slow.json"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "IMAGEMILL_MODEL": "fake"}
+    started = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    until((tmp_path / "outputs" / "slow" / "logs" / "driver.log").exists)
+    started.send_signal(signal.SIGINT)
+    assert started.communicate(timeout=120) == (None, "stopped; the same command does what is left\n")
+    assert started.returncode == 130
 
 
 def test_the_example_script_refuses_gpus_that_are_not_there(root: Path, tmp_path: Path) -> None:

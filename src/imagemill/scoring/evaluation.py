@@ -19,10 +19,11 @@ from imagemill import crew, judges, progress
 from imagemill.config import Settings
 from imagemill.downloads import FOLDER, Downloads
 from imagemill.engine import Engine
-from imagemill.errors import InputError, TaskFileError
+from imagemill.errors import InputError, LedgerError, TaskFileError
 from imagemill.folder_kinds import EDITS, JUDGMENTS, refuse_run
 from imagemill.inputs import Inputs
 from imagemill.intake import SKIP_BAD
+from imagemill.ledger import REPAIR
 from imagemill.progress import Progress
 from imagemill.publish import OutputFolder
 from imagemill.records import ModelSpec, Outcome
@@ -127,6 +128,10 @@ class Evaluation:
             lock.refuse_links([SOURCES])
             refuse_run(self.folder)
             return self._run()
+        except LedgerError as error:
+            what, mend, _ = str(error).partition(REPAIR)
+            # Neither edits nor answers hold their task, as pictures of a run do.
+            raise LedgerError(f"{what}; move its folder away, and that stage is done anew" if mend else what) from error
         finally:
             lock.close()
 
