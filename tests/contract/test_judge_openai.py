@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from imagemill.records import Answer
 from imagemill.report import write_reports
 from imagemill.runners import chat_endpoint
 from imagemill.runners.chat_endpoint import read_answer, retry_after, seconds_to_wait
+from imagemill.scoring.evaluation import evaluate
+from imagemill.scoring.settings import EvalSettings, load_eval_settings
 
 KEY = "sk-test-0123456789abcdef"
 
@@ -295,3 +298,33 @@ def test_a_key_that_no_header_takes_is_refused_and_not_shown(
         judge(endpoint, tmp_path / "out", "q")
     assert key not in str(caught.value)
     assert endpoint.requests == []
+
+
+# --- an endpoint that has gone ----------------------------------------------------------------------------------------
+
+
+def test_a_finished_evaluation_is_written_up_though_its_endpoint_has_gone(endpoint: Endpoint, tmp_path: Path) -> None:
+    Image.effect_noise((64, 48), 50).convert("RGB").save(tmp_path / "a.png")
+
+    def settings(count: int) -> EvalSettings:
+        items = [{"id": f"e{n}", "instruction": "make it", "image": "a.png", "category": "c"} for n in range(count)]
+        (tmp_path / "items.jsonl").write_text("".join(f"{json.dumps(item)}\n" for item in items))
+        judge = f"{{kind: openai, model: some/model, base_url: '{gone.url}'}}"
+        text = f"bench: {tmp_path}/items.jsonl\nout: {tmp_path}/out\nedit: {{model: fake}}\njudge: {judge}\n"
+        (tmp_path / "c.yaml").write_text(f"{text}devices: {{device: cpu}}\n")
+        return load_eval_settings(tmp_path / "c.yaml")
+
+    with serving(Endpoint()) as gone:
+        assert evaluate(settings(2)).scored == 2
+    page = tmp_path / "out" / "report.html"
+    page.unlink()
+    assert evaluate(settings(2)).scored == 2
+    assert page.is_file()
+    with pytest.raises(InputError, match="takes no connection"):
+        evaluate(settings(2), rejudge="all")
+    with pytest.raises(InputError, match="takes no connection"):
+        evaluate(settings(3))
+    assert len(list((tmp_path / "out" / "edits").glob("*.png"))) == 2
+    (tmp_path / "out" / "judgments" / "ledger.sqlite").unlink()
+    with pytest.raises(InputError, match="takes no connection"):
+        evaluate(settings(2))

@@ -269,6 +269,18 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path): content for path, content in found.items() if not path.is_dir()}
 
 
+def test_edits_that_are_not_kept_are_shown_and_not_linked(place: Workplace) -> None:
+    bench(place, 3)
+    place.write("c.yaml", "bench: items.jsonl\nedit: {model: fake}\njudge: {kind: fake}\nsave_images: false\n")
+    ended = place("eval", "c.yaml", "--device", "cpu", "--out", "out")
+    assert ended.code == 0, ended.text
+    assert list((place.folder / "out" / "edits").glob("*.png")) == []
+    assert {row["edit"] for row in judgments(place).values()} == {None}
+    page = (place.folder / "out" / "report.html").read_text("utf-8")
+    assert "./edits/e" not in page
+    assert page.count('alt="edit of e') == 6
+
+
 # --- no invented score ------------------------------------------------------------------------------------------------
 
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from imagemill import crew, judges, progress
+from imagemill import crew, judges, progress, sources
 from imagemill.config import Settings
 from imagemill.downloads import FOLDER, Downloads
 from imagemill.engine import Engine
 from imagemill.errors import InputError, LedgerError, TaskFileError
 from imagemill.folder_kinds import EDITS, JUDGMENTS, refuse_run
+from imagemill.forecast import forecast
 from imagemill.inputs import Inputs
 from imagemill.intake import SKIP_BAD
 from imagemill.ledger import REPAIR
@@ -142,11 +143,13 @@ class Evaluation:
         stages = stage_settings.editing(self.settings), stage_settings.judging(self.settings)
         # Both before the start: a judge that cannot be had is told before hours of editing.
         editor, judged_by = stage_settings.editor(stages[0]), crew.find_models(stages[1]).get(None).spec
-        judges.check_endpoint(judged_by)
+        silent = self._silence(judged_by, items)
         edits = self._edit(items, stages[0], without_target(items, judge))
         if edits is None or self._stopping:
             return EvalReport(self.folder, len(items), stopped=True)
         asked = list(self._asks(items, edits, judge))
+        if silent and self._wants_answers(asked, stages[1]):
+            raise silent
         answered = self._judge(asked, stages[1], items, edits, judge)
         if answered is None:
             return EvalReport(self.folder, len(items), stopped=True)
@@ -177,6 +180,24 @@ class Evaluation:
             page=reports.page,
             summary=reports.summary,
         )
+
+    def _silence(self, judge: ModelSpec, items: Sequence[Item]) -> InputError | None:
+        """Why the judge's endpoint cannot be asked; None where it can, or is none. Raises it where there is much to do before
+        anybody knows whether it must be."""
+        try:
+            judges.check_endpoint(judge)
+        except InputError as error:
+            known = earlier(self.folder / EDITS)
+            gone = missing(items)
+            if self._rejudge or any(item.id not in known and item.id not in gone for item in items):
+                raise
+            return error
+        return None
+
+    def _wants_answers(self, asked: Sequence[Ask], settings: Settings) -> bool:
+        """Whether the second stage would ask anything."""
+        rows, options = sources.from_iterable([ask.task for ask in asked]), RunOptions(rerun_changed=True)
+        return bool(asked) and forecast(self.settings.bench, self.folder / JUDGMENTS, settings, options, rows).to_do > 0
 
     # --- the stages -------------------------------------------------------------------------------------------------
 

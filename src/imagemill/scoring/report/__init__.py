@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from imagemill.report.drafts import Drafts
 from imagemill.scoring.report.data import Facts, title, write_up
 from imagemill.scoring.report.page import page
-from imagemill.scoring.report.sheets import sheets
+from imagemill.scoring.report.sheets import sheets, without_links
 from imagemill.scoring.report.text import markdown
 from imagemill.scoring.settlement import Settled
 
@@ -37,13 +37,20 @@ class Reports:
 
 
 def write_eval_reports(folder: Path, settled: Sequence[Settled], facts: Facts) -> Reports:
-    """Write the four reports of an evaluation anew. Raises `OutputError` when the folder cannot be written."""
+    """Write the four reports of an evaluation anew. Edits that are not kept have their small picture in the page, and no path.
+
+    Raises `OutputError` when the folder cannot be written.
+    """
     summary, name = write_up(settled, facts), title(facts)
+    cards = sheets(folder, settled, facts.examiner)
+    if not facts.settings.save_images:
+        settled = [replace(one, edit="") for one in settled]
+        cards = [without_links(sheet) for sheet in cards]
     with Drafts(folder) as drafts:
         with drafts.open(JUDGMENTS) as out:
             for one in settled:
                 out.write(json.dumps(one.as_json(), ensure_ascii=False, separators=(",", ":")) + "\n")
         drafts.write(DATA, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
         drafts.write(MARKDOWN, markdown(name, summary))
-        drafts.write(PAGE, page(name, summary, sheets(folder, settled, facts.examiner)))
+        drafts.write(PAGE, page(name, summary, cards))
     return Reports(folder / JUDGMENTS, folder / DATA, folder / MARKDOWN, folder / PAGE, summary)

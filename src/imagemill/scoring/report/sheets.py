@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -83,6 +83,14 @@ def sheets(folder: Path, settled: Sequence[Settled], examiner: Examiner) -> list
         )
         if of
     ]
+
+
+def without_links(sheet: Sheet) -> Sheet:
+    """The sheet without a way to files that are not kept."""
+    bare = (
+        replace(card, pictures=tuple(replace(picture, link="") for picture in card.pictures)) for card in sheet.cards
+    )
+    return replace(sheet, cards=tuple(bare))
 
 
 def _card(folder: Path, one: Settled, examiner: Examiner) -> Card:
