@@ -86,7 +86,9 @@ EvalOut = Annotated[
 ]
 Lang = Annotated[
     str | None,
-    typer.Option("--lang", metavar="en|zh|intersection", help="The benchmark's language.", show_default="en"),
+    typer.Option(
+        "--lang", metavar="en|zh|intersection|zh-intersection", help="The benchmark's language.", show_default="en"
+    ),
 ]
 RubricOption = Annotated[
     str | None,

@@ -328,6 +328,14 @@ SETTINGS: list[tuple[str, tuple[str, ...]]] = [
     ("- steps\n", ("settings.yaml", "steps: 8")),
     ("limits: {task_timeout: .nan}\n", ("settings.yaml", "limits.task_timeout")),
     ("schedule: window\n", ("settings.yaml", "schedule", "window:K")),
+    (
+        "bench: b.jsonl\n",
+        ("bench: is a key of an evaluation's settings; give them to `imagemill eval", "settings.yaml`"),
+    ),
+    (
+        "diffusion_model: {}\nlogging: {level: INFO}\n",
+        ("diffusion_model: is a key of an evaluation's", "`imagemill eval"),
+    ),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -100,6 +101,10 @@ def test_all_edits_come_before_all_judgments_and_each_model_is_loaded_once_a_wor
     assert [one["name"] for one in found["categories"]] == list(CATEGORIES)
     assert (found["overall"]["count"], found["overall"]["ok"], found["coverage"]) == (12, 12, 1.0)
     assert found["overall"]["mean"] == pytest.approx(sum(number % 11 for number in range(12)) / 12, abs=1e-6)
+    assert all(
+        f'title="{html.escape(name)}"' in (place.folder / "out" / "report.html").read_text("utf-8")
+        for name in CATEGORIES
+    )
     assert [line for line in ended.err.splitlines() if line.startswith(("edits 12/12 done", "judging 12/12 done"))]
     assert "the edit model has left" in ended.err
 

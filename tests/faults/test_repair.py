@@ -145,6 +145,9 @@ def test_the_rebuilt_ledger_makes_the_reports(made: Any) -> None:
     assert ended.code == 0, ended.text
     told = {one["id"]: (one["sha256"], one["bytes"], one["prompt"], one["fingerprint"]) for one in made.results()}
     assert told == before
+    # how long they took nobody knows any more
+    summary = json.loads((made.folder / "out" / "report.json").read_text("utf-8"))
+    assert [group["mean_seconds"] for group in summary["models"]] == [None]
 
 
 def test_each_damaged_ledger_is_kept_under_a_name_of_its_own(made: Any) -> None:

@@ -226,6 +226,11 @@ def test_missing_files_folders_and_unknown_suffixes_are_refused_at_once(tmp_path
     (tmp_path / "a").write_text("a cat")
     with pytest.raises(InputError, match=r"/a: its name has no suffix that tells its type; known: \.json, "):
         open_source(tmp_path / "a")
+    (tmp_path / "a.yaml").write_text("steps: 8")
+    with pytest.raises(
+        InputError, match=r"'\.yaml' are not read; .*; settings go to --config, those of an evaluation to"
+    ):
+        open_source(tmp_path / "a.yaml")
     with pytest.raises(InputError, match=r"'\.txt' are not read; known: \.json, \.jsonl, \.ndjson, \.csv, \.tsv"):
         open_source(tmp_path / "a.txt")
 

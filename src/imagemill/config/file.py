@@ -26,6 +26,10 @@ MAX_KEYS = 10_000
 """Keys of one mapping after merges (`<<`)."""
 
 
+OF_EVALUATIONS = ("bench", "edit", "rubric", "benchmark", "diffusion_model", "reward_model")
+"""Keys at the top of an evaluation's settings, in this form and in the older one, that a run does not know."""
+
+
 def load_settings(path: str | os.PathLike[str]) -> Settings:
     """The settings of a YAML file; paths of LoRAs are relative to its folder.
 
@@ -37,6 +41,10 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
         data = {}
     if not isinstance(data, dict):
         raise ConfigError(f"{place}: holds no settings; write lines such as 'steps: 8'")
+    if found := [key for key in OF_EVALUATIONS if key in data]:
+        raise ConfigError(
+            f"{place}: {found[0]}: is a key of an evaluation's settings; give them to `imagemill eval {place}`"
+        )
     return _local_loras(_validated(_named(data, place), f"{place}: ", {}), place.parent, f"{place}: loras")
 
 

@@ -27,7 +27,8 @@ SKIPPED = (
 
 @dataclass(slots=True)
 class Group:
-    """Tasks that have a model, an adapter or a shape in common. `seconds` are those of the `done` ones together."""
+    """Tasks that have a model, an adapter or a shape in common. `seconds` are those of the `done` ones together, 0 where
+    a ledger was rebuilt and does not know them."""
 
     name: str
     states: Counter[str] = field(default_factory=Counter)
@@ -39,7 +40,7 @@ class Group:
         done = self.states["done"]
         found: dict[str, Any] = {"name": self.name, "tasks": self.states.total()}
         found |= {state: self.states[state] for state in ("done", "failed", "pending")}
-        found["mean_seconds"] = round(self.seconds / done, 4) if done else None
+        found["mean_seconds"] = round(self.seconds / done, 4) if done and self.seconds else None
         if self.strengths:
             found["strengths"] = list(self.strengths)
         return found

@@ -88,6 +88,10 @@ def _on_disk(task: Mapping[str, Any], kept: Path | None) -> Mapping[str, Any]:
     return {**task, **found}
 
 
+SETTINGS = dict.fromkeys((".yaml", ".yml"), "; settings go to --config, those of an evaluation to `imagemill eval`")
+"""What else is said of files that hold no tasks."""
+
+
 def _check(path: Path) -> None:
     try:
         mode = path.stat().st_mode
@@ -104,7 +108,7 @@ def _check(path: Path) -> None:
             if path.suffix
             else "its name has no suffix that tells its type"
         )
-        raise InputError(f"{path}: {kind}; known: {known}, - for stdin")
+        raise InputError(f"{path}: {kind}; known: {known}, - for stdin{SETTINGS.get(path.suffix.lower(), '')}")
 
 
 def _read(path: Path, prompt_column: str | None) -> Iterator[Row]:
