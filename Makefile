@@ -90,7 +90,7 @@ bench-gpu: $(READY) ## measure pictures a second on this machine's GPUs, into do
 	@$(BIN)/python bench/throughput.py --judge $(BENCH_ARGS)
 	@$(BIN)/python bench/throughput.py --rows c,d --gpus 1,2 --tasks 96 --minutes 30 $(BENCH_ARGS)
 
-gpu-test: ## run the script of tests/gpu (needs a CUDA build of torch in PYTHON)
+gpu-test: ## run the scripts of tests/gpu (needs a CUDA build of torch in PYTHON)
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { \
 	  echo "gpu-test needs a GPU and a Python with a CUDA build of torch and imagemill's dependencies:" >&2; \
 	  echo "  pip install -e '.[dev]' there, then: make gpu-test PYTHON=/path/to/python" >&2; \

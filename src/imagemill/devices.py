@@ -120,6 +120,20 @@ def gpus() -> tuple[Gpu, ...]:
         return tuple(chosen)
 
 
+def installed() -> int:
+    """How many GPUs the machine shows, hidden ones and those of other processes counted in; 0 without a driver that answers."""
+    try:
+        with _session() as nvml:
+            return int(nvml.nvmlDeviceGetCount()) if nvml is not None else 0
+    except (InputError, _nvml().NVMLError):
+        return 0
+
+
+def processors() -> int:
+    """How many processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _gpu(nvml: Any, index: int, driver: str) -> Gpu:
     try:
         return _read(nvml, nvml.nvmlDeviceGetHandleByIndex(index), index, driver)

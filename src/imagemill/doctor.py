@@ -72,11 +72,10 @@ def examine(*, cuda_trial: bool = True) -> Diagnosis:
 def _machine() -> Iterator[tuple[str, str]]:
     free, total = devices.host_memory()
     disk = shutil.disk_usage(Path.cwd())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     handles, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield "Python", f"{platform.python_version()} ({sys.executable})"
     yield "System", platform.platform()
-    yield "CPU cores", str(cores)
+    yield "CPU cores", str(devices.processors())
     yield "Memory", f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"
     yield "Disk here", f"{disk.free / GIB:.1f} GiB free of {disk.total / GIB:.1f} ({Path.cwd()})"
     yield "Open files", "unlimited" if handles == resource.RLIM_INFINITY else str(handles)

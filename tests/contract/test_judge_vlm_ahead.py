@@ -160,7 +160,7 @@ def test_answers_are_the_same_for_a_processor_that_takes_only_whole_batches(
 def test_tasks_are_prepared_on_several_threads(
     folder: Path, pictures: list[str], start: Callable[..., VisionLanguageRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judge_vlm, "processors", lambda: 3)
+    monkeypatch.setattr(judge_vlm.devices, "processors", lambda: 3)
     spec = spec_of(folder)
     runner, meeting = start(spec, ahead=False), threading.Barrier(3)
     question = runner._question

@@ -213,20 +213,6 @@ def test_a_device_without_room_is_no_fault_of_the_model() -> None:
         loading.load_complete(TINY / "vae", Starved, torch.float32, device_map={"": "cuda:0"})
 
 
-def test_casting_takes_more_threads_on_a_gpu_s_worker_and_gives_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with loading.cast_threads("cpu"):
-            assert torch.get_num_threads() == 1
-        with loading.cast_threads("cuda:0"):
-            assert torch.get_num_threads() == 4
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-
-
 # --- before loading ---------------------------------------------------------------------------------------------------
 
 

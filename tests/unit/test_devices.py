@@ -133,6 +133,18 @@ def test_a_driver_that_does_not_answer_is_an_error_and_not_a_machine_without_gpu
     assert labels(choose(device="cpu")) == ["CPU 0"]
 
 
+def test_hidden_and_lost_gpus_count_as_installed_and_a_silent_driver_as_none(
+    machine: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml = machine(79, None, 79)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert (len(gpus()), devices.installed(), nvml.open) == (1, 3, 0)
+    machine(79, init_error=pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
+    assert devices.installed() == 0
+    machine(init_error=pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+    assert devices.installed() == 0
+
+
 def test_one_lost_gpu_costs_that_gpu(machine: Install) -> None:
     machine(79, None, 79)
     choice = choose(need=NEED)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from imagemill import devices
 from imagemill.errors import BadModel, BadTask, OutOfMemory, TaskError, classify
 from imagemill.records import Answer, ModelSpec, PlannedTask, Span, WorkOrder
 from imagemill.runners import Beat, Result, Untold
@@ -108,7 +108,9 @@ class VisionLanguageRunner(Untold):
         except BaseException:
             self.unload()
             raise
-        self._preparers = ThreadPoolExecutor(min(PREPARERS, processors()), thread_name_prefix="imagemill-prepare")
+        self._preparers = ThreadPoolExecutor(
+            min(PREPARERS, devices.processors()), thread_name_prefix="imagemill-prepare"
+        )
         self._asker = ThreadPoolExecutor(1, thread_name_prefix="imagemill-judge") if self.ahead else None
         self._spec = spec
         beat("load", -1, 2, 2)
@@ -314,11 +316,6 @@ class VisionLanguageRunner(Untold):
         now, peak = chat_model.used_memory(self.device)
         self._peak = max(self._peak, peak)
         return now, peak
-
-
-def processors() -> int:
-    """How many processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def render(processor: Any, planned: PlannedTask, count: int) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,10 +38,6 @@ OTHER_TASKS = ("Inpaint", "Control", "Fill", "Video", "Upscale", "Layered", "Red
 OTHER_INPUTS = frozenset({"mask_image", "mask", "control_image", "num_frames", "video"})
 """Arguments that tell such a pipeline whatever its name."""
 
-CAST_THREADS = 8
-"""Weights that a folder holds in another precision are cast by the CPU on their way to the GPU; more threads than this
-only wait for main memory."""
-
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -65,13 +60,12 @@ def load(spec: ModelSpec, device: str, beat: Beat) -> Loaded:
     names = components(index)
     parts: dict[str, Any] = {}
     spans: list[Span] = []
-    with cast_threads(device):
-        for step, name in enumerate(names):
-            beat("load", -1, step, len(names))
-            if kind := weights_class(index[name]):
-                read_ahead([*weight_files(folder / name), *next_weights(folder, names[step + 1 :])])
-                with timed(f"load {name}", device, spans):
-                    parts[name] = free_to_move(load_complete(folder / name, kind, dtype, device_map={"": device}))
+    for step, name in enumerate(names):
+        beat("load", -1, step, len(names))
+        if kind := weights_class(index[name]):
+            read_ahead([*weight_files(folder / name), *next_weights(folder, names[step + 1 :])])
+            with timed(f"load {name}", device, spans):
+                parts[name] = free_to_move(load_complete(folder / name, kind, dtype, device_map={"": device}))
     with timed("load pipeline", device, spans):
         pipe = assemble(folder, parts, dtype).to(device)
     for name, part in pipe.components.items():
@@ -91,22 +85,6 @@ def timed(stage: str, device: str, spans: list[Span]) -> Iterator[None]:
 
         torch.cuda.synchronize(device)
     spans.append(Span(stage, start, time.monotonic() - start, on_device=False))
-
-
-@contextmanager
-def cast_threads(device: str) -> Iterator[None]:
-    """Inside the block torch casts with several threads, on a GPU's worker, which otherwise leaves the CPU to others."""
-    if not device.startswith("cuda"):
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(before, min(CAST_THREADS, os.cpu_count() or 1)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def components(index: Mapping[str, Any]) -> list[str]:
@@ -192,7 +170,7 @@ def weights_class(entry: list[str]) -> Any:
 
 def load_complete(folder: Path, loader: Any, dtype: torch.dtype, **how: Any) -> Any:
     """What `loader.from_pretrained` makes of the folder, in eval mode; `how` is handed on. With a `device_map` the weights
-    go straight to the device.
+    go straight to the device, swiftly if it names one device.
 
     Raises `BadModel` for pickled, missing, torn or incomplete weights.
     """
@@ -200,10 +178,14 @@ def load_complete(folder: Path, loader: Any, dtype: torch.dtype, **how: Any) -> 
         if any(path for pattern in PICKLES for path in folder.glob(pattern)):
             raise BadModel(f"{folder} has only pickled weights, which can run code; convert them to safetensors")
         raise BadModel(f"{folder} has no safetensors weights")
+    from imagemill.runners.upload import swift
+
+    where = how.get("device_map")
     try:
-        part, account = loader.from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **how
-        )
+        with swift(where[""] if isinstance(where, dict) else "cpu"):
+            part, account = loader.from_pretrained(
+                str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **how
+            )
     except Exception as error:
         if isinstance(error, NotImplementedError) and how.pop("device_map", None):
             # diffusers moves what was never filled before it gives its account: without a move the account comes.
