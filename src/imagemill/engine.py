@@ -56,7 +56,7 @@ class Engine:
         given = {"model": model, "gpus": gpus, "gpu_ids": gpu_ids, "workers": workers, "device": device}
         self.settings = settings_from(config, {**given, "isolate": isolate, "schedule": schedule, **settings})
         crew.check(self.settings)
-        self._progress = show or progress.Silent()
+        self._progress = show or progress.Logged()
         self._roster = Roster(self.settings, self._progress, keep=keep)
         self._sitting: Sitting | None = None
         # Weak: a loop that is left early drops its iterator, and that ends the run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -18,6 +19,8 @@ from imagemill.schedule import Scheduler
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+log = logging.getLogger("imagemill")
 
 PLAIN_INTERVAL = 5.0
 """Seconds between two plain lines."""
@@ -130,7 +133,7 @@ def _printable(text: str) -> str:
 
 
 class Silent:
-    """Counts and shows nothing: for the library."""
+    """Counts and shows nothing."""
 
     def __init__(self, stage: str = "", unit: str = "picture") -> None:
         self.tally = Tally(stage=stage, unit=unit)
@@ -189,6 +192,14 @@ class Silent:
 
     def end(self) -> None:
         """Nothing to close."""
+
+
+class Logged(Silent):
+    """For the library: logs what a person should read before the work starts, as a warning of the logger `imagemill`."""
+
+    def note(self, text: str) -> None:
+        """One record."""
+        log.warning("%s", text)
 
 
 class Plain(Silent):

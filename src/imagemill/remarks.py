@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from imagemill.config import Settings
 from imagemill.guidance import Guidance
 from imagemill.models import Model
-from imagemill.sources.columns import meant
+from imagemill.sources.columns import FIELDS, meant
 from imagemill.staging import Shape
 
 NAMED = 3
@@ -22,11 +22,12 @@ def remarks(
     return (*untaken(settings, used), *unguided(used, staged), *untrained(used, staged), *unknown(slips))
 
 
-def unknown(slips: Iterable[str]) -> tuple[str, ...]:
+def unknown(slips: Iterable[str], known: tuple[str, ...] = tuple(FIELDS)) -> tuple[str, ...]:
     """A line for each column that became metadata and is nearly a known one."""
     named = list(slips)
     lines = [
-        f"the column {name} is not known and becomes metadata; did you mean {meant(name)}?" for name in named[:NAMED]
+        f"the column {name} is not known and becomes metadata; did you mean {meant(name, known)}?"
+        for name in named[:NAMED]
     ]
     return (*lines, *([f"... and {len(named) - NAMED} more such columns"] if len(named) > NAMED else []))
 

@@ -343,8 +343,15 @@ def test_what_the_judge_declines_is_refused(place: Workplace) -> None:
 def test_an_item_without_a_target_is_a_missing_image_for_the_judge_reference(place: Workplace) -> None:
     bench(place, 3)
     rows = [json.loads(line) for line in (place.folder / "items.jsonl").read_text("utf-8").splitlines()]
-    place.tasks([{**row, "target": "source0.png"} if row["id"] != "e1" else row for row in rows], "items.jsonl")
-    ended = place(*EVAL, "--judge", "reference")
+    named = {"e0": "target", "e1": "targets", "e2": "target"}
+    place.tasks([{**row, named[row["id"]]: "source0.png"} for row in rows], "items.jsonl")
+    slip = "the column targets is not known and becomes metadata; did you mean target?"
+    idle = "the rubric viescore changes nothing: the judge reference measures pictures and asks nobody"
+    planned = place(*EVAL, "--judge", "reference", "--rubric", "viescore", "--dry-run")
+    assert f"warning: {slip}\nwarning: {idle}\n" in planned.out
+    ended = place(*EVAL, "--judge", "reference", "--rubric", "viescore")
+    assert slip in ended.err
+    assert idle in ended.err
     assert ended.code == 1
     assert "1 of 3 items name no target and will have no score" in ended.err
     assert "(1 missing_image); the report says why" in ended.out

@@ -436,6 +436,17 @@ def test_generate_batch_tells_a_failure_in_its_dict_and_does_the_others(here: Pa
     assert sorted(path.name for path in here.glob("*.png")) == ["a.png", "d.png"]
 
 
+def test_what_will_not_do_what_it_should_is_a_warning_of_the_library(
+    here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with generator() as maker:
+        (made,) = maker.generate_batch([{"prompt": "an owl", "stepps": 4}])
+    assert made["success"]
+    assert [(record.name, record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("imagemill", "WARNING", "the column stepps is not known and becomes metadata; did you mean steps?")
+    ]
+
+
 def test_pictures_without_a_path_take_numbers_that_nobody_has(here: Path) -> None:
     first, second = generator(workers=1), generator(workers=1)
     with first, second:

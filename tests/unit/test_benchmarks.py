@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from imagemill.errors import InputError, OutputError
-from imagemill.scoring.benchmarks import LANGUAGES, formats, read_benchmark, select
+from imagemill.scoring.benchmarks import LANGUAGES, formats, read_benchmark, select, unknown_fields
 from imagemill.scoring.item import Item
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +95,16 @@ def test_a_row_of_jsonl_arrives_whole(tmp_path: Path) -> None:
         Item("2", "物理", "make it blue", str(images / "a.png"), source="images/a.png", metadata={"metadata": {"a": 1}}),
     ]  # fmt: skip
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_field_that_is_nearly_a_known_one_is_told_once(tmp_path: Path) -> None:
+    path = own(tmp_path, {**ROW, "trget": "images/b.png", "author": "x"}, {**ROW, "id": "b", "trget": 1, "Masks": "y"})
+    found = read(path)
+    assert found[0].metadata == {"trget": "images/b.png", "author": "x"}
+    assert unknown_fields(path, found) == (
+        "the column trget is not known and becomes metadata; did you mean target?",
+        "the column Masks is not known and becomes metadata; did you mean mask?",
+    )
 
 
 def test_every_bad_row_is_named_the_first_twenty_in_full(tmp_path: Path) -> None:

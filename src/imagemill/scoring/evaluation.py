@@ -31,10 +31,10 @@ from imagemill.records import ModelSpec, Outcome
 from imagemill.report import write_reports
 from imagemill.scoring import stage_settings
 from imagemill.scoring.ask import Ask, asks
-from imagemill.scoring.benchmarks import read_benchmark
+from imagemill.scoring.benchmarks import read_benchmark, unknown_fields
 from imagemill.scoring.books import earlier
 from imagemill.scoring.controls import CONTROLS
-from imagemill.scoring.examiner import Examiner, examiner
+from imagemill.scoring.examiner import NUMBERS, Examiner, examiner
 from imagemill.scoring.item import Item
 from imagemill.scoring.report import Facts, Reports, write_eval_reports
 from imagemill.scoring.settings import EvalSettings
@@ -144,7 +144,8 @@ class Evaluation:
         # Both before the start: a judge that cannot be had is told before hours of editing.
         editor, judged_by = stage_settings.editor(stages[0]), crew.find_models(stages[1]).get(None).spec
         silent = self._silence(judged_by, items)
-        edits = self._edit(items, stages[0], without_target(items, judge))
+        without = without_target(items, judge)
+        edits = self._edit(items, stages[0], [*idle_words(self.settings, items), *([without] if without else [])])
         if edits is None or self._stopping:
             return EvalReport(self.folder, len(items), stopped=True)
         asked = list(self._asks(items, edits, judge))
@@ -201,13 +202,13 @@ class Evaluation:
 
     # --- the stages -------------------------------------------------------------------------------------------------
 
-    def _edit(self, items: Sequence[Item], settings: Settings, note: str) -> Edits | None:
-        """All edits; None when the stage was stopped. The note is shown before the first."""
+    def _edit(self, items: Sequence[Item], settings: Settings, lines: Iterable[str]) -> Edits | None:
+        """All edits; None when the stage was stopped. The lines are shown before the first."""
         gone = missing(items)
         rows = edit_rows([item for item in items if item.id not in gone], stage_settings.seed(self.settings))
         show = self._shows(EDITS, "picture")
-        if note:
-            show.note(note)
+        for line in lines:
+            show.note(line)
         outcomes = self._stage(rows, EDITS, settings, self._options, show)
         if outcomes is None:
             return None
@@ -297,6 +298,14 @@ def check(items: Sequence[Item], judge: Examiner) -> None:
             "the judge reference compares edits with targets, and no item has one; take another judge "
             "(preservation compares with the source)"
         )
+
+
+def idle_words(settings: EvalSettings, items: Sequence[Item]) -> tuple[str, ...]:
+    """A line for each thing in the benchmark or the settings that will not do what its user hoped."""
+    kind, rubric = settings.judge.kind, settings.rubric
+    unasked = kind in NUMBERS and rubric == "viescore"
+    line = f"the rubric {rubric} changes nothing: the judge {kind} measures pictures and asks nobody"
+    return (*unknown_fields(settings.bench, items), *([line] if unasked else []))
 
 
 def without_target(items: Sequence[Item], judge: Examiner) -> str:

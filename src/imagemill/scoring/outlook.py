@@ -14,7 +14,7 @@ from imagemill.forecast import forecast
 from imagemill.listing import columns, forecast_text, gib
 from imagemill.scoring import stage_settings
 from imagemill.scoring.controls import CONTROLS
-from imagemill.scoring.evaluation import by_item, check, edit_rows, items_of, missing, without_target
+from imagemill.scoring.evaluation import by_item, check, edit_rows, idle_words, items_of, missing, without_target
 from imagemill.scoring.examiner import Examiner, examiner
 from imagemill.scoring.item import Item
 from imagemill.scoring.settings import EvalSettings
@@ -30,7 +30,8 @@ def outlook(settings: EvalSettings, options: RunOptions) -> str:
         check(items, judge)
         gone = missing(items)
         rows = edit_rows([item for item in items if item.id not in gone], stage_settings.seed(settings))
-        parts = [_items(settings, items, gone)]
+        slips = (f"warning: {line}" for line in idle_words(settings, items))
+        parts = ["\n".join([_items(settings, items, gone), *slips])]
         if rows:
             editing = stage_settings.editing(settings)
             stage_settings.editor(editing)

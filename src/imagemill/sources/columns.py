@@ -51,10 +51,10 @@ def field_of(column: Any, columns: Container[Any]) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def meant(column: str) -> str:
+def meant(column: str, known: tuple[str, ...] = tuple(FIELDS)) -> str:
     """The known column that an unknown one nearly is, its first letter included; empty when it is like none."""
-    known = [name for name in FIELDS if name[:1] == column[:1].lower()]
-    return next(iter(difflib.get_close_matches(column.lower(), known, n=1, cutoff=CLOSE)), "")
+    alike = [name for name in known if name[:1] == column[:1].lower()]
+    return next(iter(difflib.get_close_matches(column.lower(), alike, n=1, cutoff=CLOSE)), "")
 
 
 def listed(columns: Mapping[str, Any] | Sequence[str], limit: int = 20) -> str:

@@ -19,7 +19,9 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Protocol
 
 from imagemill.errors import InputError, TaskFileError
+from imagemill.remarks import unknown
 from imagemill.scoring.item import Item
+from imagemill.sources.columns import meant
 from imagemill.staging import SHOWN
 
 if TYPE_CHECKING:
@@ -70,10 +72,12 @@ class Options:
 
 
 class Format(Protocol):
-    """One way to lay a benchmark out. `name` is what messages call it; `languages` are those of `LANGUAGES` it has."""
+    """One way to lay a benchmark out. `name` is what messages call it; `languages` are those of `LANGUAGES` it has; `fields`
+    are the names that people write by hand, empty where files come as they are published."""
 
     name: str
     languages: tuple[str, ...]
+    fields: tuple[str, ...]
 
     def recognises(self, path: Path) -> bool:
         """True when the file or folder is of this format, by its name and its beginning. `path` exists."""
@@ -165,6 +169,13 @@ def _refusal(refused: Sequence[tuple[str, str]], *, whole: bool) -> TaskFileErro
     if whole and len(refused) > 1 and len({problem for _, problem in refused}) == 1:
         return TaskFileError([f"{lines[0]} (so it is in all {len(refused)} rows)"], 1)
     return TaskFileError(lines, len(refused))
+
+
+def unknown_fields(path: str | os.PathLike[str], items: Iterable[Item]) -> tuple[str, ...]:
+    """A line for each field of the benchmark's items that became metadata and is nearly a known one."""
+    known = _format_of(Path(os.path.abspath(os.path.expanduser(path)))).fields
+    names = dict.fromkeys(name for item in items for name in item.metadata)
+    return unknown([name for name in names if meant(name, known)], known)
 
 
 def select(

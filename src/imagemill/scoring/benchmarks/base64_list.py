@@ -24,6 +24,7 @@ class Base64List:
 
     name = "the JSON list with base64 pictures"
     languages = ("en", "zh")
+    fields = ()
 
     def recognises(self, path: Path) -> bool:
         """A `.json` file that begins as a list of such rows."""

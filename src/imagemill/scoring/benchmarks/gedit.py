@@ -52,6 +52,7 @@ class GEdit:
 
     name = "GEdit-Bench"
     languages = ("en", "zh", "intersection", "zh-intersection")
+    fields = ()
 
     def recognises(self, path: Path) -> bool:
         """Its files by their columns or keys, and folders that hold them."""

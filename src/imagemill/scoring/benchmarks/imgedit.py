@@ -30,6 +30,7 @@ class ImgEdit:
 
     name = "ImgEdit-Bench (basic_edit.json)"
     languages = ("en",)
+    fields = ()
 
     def recognises(self, path: Path) -> bool:
         """Such a file by its keys, or a folder that holds it."""

@@ -33,6 +33,7 @@ class Own:
 
     name = "imagemill's JSONL and Parquet"
     languages = ("en", "zh")
+    fields = KNOWN
 
     def recognises(self, path: Path) -> bool:
         """A `.jsonl` or Parquet file, or a folder with `bench.jsonl`."""

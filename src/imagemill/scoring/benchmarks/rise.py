@@ -33,6 +33,7 @@ class Rise:
 
     name = "RISEBench"
     languages = ("en", "zh")
+    fields = ()
 
     def recognises(self, path: Path) -> bool:
         """Such a list by its keys, or a folder that holds it, itself or in `data`."""
