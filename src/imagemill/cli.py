@@ -56,6 +56,7 @@ from imagemill.cli_options import (
     settings_of,
     with_kinds,
 )
+from imagemill.cli_usage import Commands
 from imagemill.errors import ChangedTasksError, ImagemillError, OutputError
 from imagemill.version import __version__
 
@@ -68,6 +69,7 @@ LONGEST = 200
 
 app = typer.Typer(
     name="imagemill",
+    cls=Commands,
     help="Run any number of diffusion tasks over every GPU: each picture exactly once, resumable.",
     no_args_is_help=True,
     add_completion=False,

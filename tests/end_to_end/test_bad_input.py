@@ -368,9 +368,40 @@ def test_a_mistake_in_the_settings_file_is_named_by_file_and_field(
     started_nothing(shared_place, f"settings-{number}")
 
 
-@pytest.mark.parametrize("arguments", [("run",), ("report",), ("paint", "x"), ("report", "gone"), ("plan",)])
-def test_a_wrong_command_is_refused(arguments: tuple[str, ...], place: Workplace) -> None:
-    refused(place(*arguments))
+TYPED: list[tuple[tuple[str, ...], str]] = [
+    (("run",), "missing argument 'SOURCE' (see `imagemill run -h`)"),
+    (("report",), "missing argument"),
+    (("plan",), "missing argument 'SOURCE' (see `imagemill plan -h`)"),
+    (("paint", "x"), "no such command 'paint'; did you mean 'plan'? (see `imagemill -h`)"),
+    (("--nope",), "no such option: --nope (see `imagemill -h`)"),
+    (("run", "t.jsonl", "--stepps", "2"), "no such option: --stepps; did you mean --steps? (see `imagemill run -h`)"),
+    (("run", "t.jsonl", "--steps", "abc"), "--steps: 'abc' is not a whole number (see `imagemill run -h`)"),
+    (("run", "t.jsonl", "--seed=1.5"), "--seed: '1.5' is not a whole number (see `imagemill run -h`)"),
+    (("run", "t.jsonl", "--model"), "option '--model' requires an argument"),
+    (("run", "t.jsonl", "--compile=maybe"), "option '--compile' does not take a value"),
+    (("eval", "b.jsonl", "--min-coverage", "most"), "--min-coverage: 'most' is not a number (see `imagemill eval -h`)"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "line"), TYPED, ids=[" ".join(arguments) for arguments, _ in TYPED])
+def test_a_command_that_is_typed_wrong_is_answered_in_one_line(
+    arguments: tuple[str, ...], line: str, place: Workplace
+) -> None:
+    ended = place(*arguments)
+    refused(ended)
+    assert ended.err.startswith(f"imagemill: {line}")
+    assert ended.err.count("\n") == 1
+    assert list(place.folder.iterdir()) == []
+
+
+def test_the_command_alone_shows_its_help(place: Workplace) -> None:
+    ended = place()
+    assert "Usage: imagemill" in ended.text
+    assert "doctor" in ended.text
+
+
+def test_a_folder_that_is_gone_has_no_report(place: Workplace) -> None:
+    refused(place("report", "gone"))
     assert list(place.folder.iterdir()) == []
 
 

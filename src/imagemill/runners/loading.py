@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from imagemill.errors import BadModel, Transient, classify
 from imagemill.families import Family, family, family_for
 from imagemill.records import ModelSpec, Span
-from imagemill.runners import Beat
+from imagemill.runners import Beat, upload
 from imagemill.runners.page_cache import read_ahead
 
 if TYPE_CHECKING:
@@ -178,11 +178,9 @@ def load_complete(folder: Path, loader: Any, dtype: torch.dtype, **how: Any) -> 
         if any(path for pattern in PICKLES for path in folder.glob(pattern)):
             raise BadModel(f"{folder} has only pickled weights, which can run code; convert them to safetensors")
         raise BadModel(f"{folder} has no safetensors weights")
-    from imagemill.runners.upload import swift
-
     where = how.get("device_map")
     try:
-        with swift(where[""] if isinstance(where, dict) else "cpu"):
+        with upload.swift(where[""] if isinstance(where, dict) else "cpu"):
             part, account = loader.from_pretrained(
                 str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **how
             )

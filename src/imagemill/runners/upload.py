@@ -3,8 +3,6 @@
 Left to itself the driver stages what is not pinned on one thread, whatever the number of threads that ask it: 6.5 GiB/s on
 an H100. Pinned memory that is filled by four or eight threads reaches 14 to 26. Loaders of diffusers and transformers know
 nothing of it: while an `Upload` is entered, their `tensor.to("cuda:0")` goes this way.
-
-Imports torch: import it where a model is loaded, not above.
 """
 
 from __future__ import annotations
@@ -13,12 +11,12 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
-
-import torch
-from torch.overrides import TorchFunctionMode
+from typing import TYPE_CHECKING, Any, Protocol
 
 from imagemill import devices
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +59,8 @@ def share() -> int:
 
 def exact(device: str | int | torch.device) -> torch.device:
     """The device with its number: `cuda` is the current one."""
+    import torch
+
     named = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if str(named) == "cuda" else named
 
@@ -68,6 +68,8 @@ def exact(device: str | int | torch.device) -> torch.device:
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Inside the block torch works on the CPU with so many threads, on a GPU's worker, which otherwise leaves it to others."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(max(before, count))
     try:
@@ -126,6 +128,8 @@ class Pinned:
 
     def arrived(self) -> None:
         """Wait for the stream."""
+        import torch
+
         torch.cuda.current_stream(self.device).synchronize()
 
 
@@ -133,6 +137,8 @@ class PinnedBuffer:
     """A buffer of a GPU."""
 
     def __init__(self, size: int, device: torch.device) -> None:
+        import torch
+
         self.memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
         self._stream = torch.cuda.current_stream(device)
         self._taken = torch.cuda.Event()
@@ -147,37 +153,40 @@ class PinnedBuffer:
         self._taken.record(self._stream)
 
 
-class Upload(TorchFunctionMode):  # type: ignore[misc]
+class Upload:
     """While it is entered, large tensors that this thread moves to the way's device go through buffers; all else as ever.
 
     Where the machine gives no pinned memory everything goes as ever.
     """
 
     def __init__(self, way: Way, *, chunk: int = CHUNK, least: int = LEAST) -> None:
-        super().__init__()
         self._way = way
         self._chunk = chunk
         self._least = least
         self._buffers: list[Buffer] = []
         self._turn = 0
         self._refused = False
+        self._mode = _mode(self._move)
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.to and self._goes_here(args, kwargs) and self._ready():
-            return self._carry(args[0].to(kwargs.get("dtype") or args[0].dtype))
-        return func(*args, **kwargs)
+    def __enter__(self) -> None:
+        self._mode.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        self._mode.__exit__(*error)
         if self._buffers:
             self._way.arrived()
             self._buffers.clear()
 
+    def _move(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """The tensor on the device, if it goes this way."""
+        if not self._goes_here(args, kwargs) or not self._ready():
+            return None
+        return self._carry(args[0].to(kwargs.get("dtype") or args[0].dtype))
+
     def _goes_here(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """True for `.to(device)` and `.to(device=…, dtype=…)` of a plain, large tensor in host memory."""
+        import torch
+
         tensor, device = args[0], args[1] if len(args) > 1 else kwargs.get("device")
         if len(args) > 2 or not kwargs.keys() <= {"device", "dtype", "non_blocking"}:
             return False
@@ -197,6 +206,8 @@ class Upload(TorchFunctionMode):  # type: ignore[misc]
         return not self._refused
 
     def _carry(self, tensor: torch.Tensor) -> torch.Tensor:
+        import torch
+
         moved = torch.empty_like(tensor, device=self._way.device)
         source, target = (whole.view(-1).view(torch.uint8) for whole in (tensor, moved))
         for begin in range(0, source.numel(), self._chunk):
@@ -207,3 +218,23 @@ class Upload(TorchFunctionMode):  # type: ignore[misc]
             buffer.memory[: part.numel()].copy_(part)
             buffer.send(part.numel(), target[begin : begin + part.numel()])
         return moved
+
+
+def _mode(move: Callable[[Sequence[Any], Mapping[str, Any]], torch.Tensor | None]) -> Any:
+    """A mode of torch that asks `move` first, with the arguments of every `Tensor.to`; what gives None is done as ever."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Moves(TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(
+            self,
+            func: Callable[..., Any],
+            types: Any,
+            args: Sequence[Any] = (),
+            kwargs: Mapping[str, Any] | None = None,
+        ) -> Any:
+            kwargs = kwargs or {}
+            moved = move(args, kwargs) if func is torch.Tensor.to else None
+            return func(*args, **kwargs) if moved is None else moved
+
+    return Moves()
