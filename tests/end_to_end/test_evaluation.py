@@ -132,7 +132,11 @@ def test_the_page_stands_alone_and_shows_chinese_categories(place: Workplace) ->
     assert "object &lt;b&gt;" in page
     assert "object <b>" not in page
     assert page.count("<figure>") == 18
-    assert "物理" in (place.folder / "out" / "report.md").read_text("utf-8")
+    text = (place.folder / "out" / "report.md").read_text("utf-8")
+    assert "物理" in text
+    few = "All items come from 4 source pictures; the interval over so few is narrower than it should be."
+    assert few in page
+    assert few in text
 
 
 def test_the_figures_of_a_measuring_judge_are_columns_and_ssim_the_score(place: Workplace) -> None:

@@ -233,6 +233,18 @@ def test_a_share_below_all_is_never_called_all() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("sources", "interval", "told"),
+    [(1, None, False), (2, (0.1, 0.2), True), (9, (0.1, 0.2), True), (10, (0.1, 0.2), False)],
+)
+def test_an_interval_over_few_source_pictures_is_called_narrow(
+    sources: int, interval: tuple[float, float] | None, told: bool
+) -> None:
+    summary = {"manifest": {"benchmark": {"sources": sources}}, "overall": {"interval": interval}}
+    line = f"All items come from {sources} source pictures; the interval over so few is narrower than it should be."
+    assert words.few_sources(summary) == (line if told else "")
+
+
 def test_the_chart_puts_scores_at_their_share_of_the_scale() -> None:
     group = {"name": "all", "mean": 5.0, "interval": [4.0, 6.0], "bounds": [2.5, 7.5]}
     empty = {"name": "none", "mean": None, "interval": None, "bounds": [0.0, 10.0]}

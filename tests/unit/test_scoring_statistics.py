@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagemill.scoring.bootstrap import interval, mean_of, resampled_means
+from imagemill.scoring.bootstrap import FEW, interval, mean_of, resampled_means
 from imagemill.scoring.difference import compare
 from imagemill.scoring.judgment import STATUSES, Judgment
 from imagemill.scoring.scale import TEN
@@ -260,6 +260,19 @@ def test_an_interval_hangs_on_the_seed_alone(pairs: list[tuple[int, float]], cha
     shuffled = pairs[:]
     chance.shuffle(shuffled)
     assert interval(pairs, 100) == interval(shuffled, 100) == interval([(f"p{one}", x) for one, x in pairs], 100)
+
+
+def test_the_interval_of_few_clusters_covers_the_mean_less_often_than_it_says() -> None:
+    chance = random.Random(1)
+
+    def covered(clusters: int, trials: int = 200) -> float:
+        found = [
+            interval(((number, chance.gauss(0, 1)) for number in range(clusters)), 400) or (1, 1) for _ in range(trials)
+        ]
+        return sum(low <= 0 <= high for low, high in found) / trials
+
+    assert covered(3) < 0.85
+    assert covered(4 * FEW) > 0.9
 
 
 def test_another_seed_draws_another_sample() -> None:

@@ -15,6 +15,10 @@ DRAWS = 10_000
 LEVEL = 0.95
 SEED = 0
 
+FEW = 10
+"""Clusters; the percentile interval of fewer covers the mean less often than `LEVEL` says: of normal values, simulated, 51 % of
+the time with 2, 83 with 5, 88 with 8, 91 with 10, 93 with 40."""
+
 _AT_ONCE = 1_000_000
 """Numbers drawn in one piece at most, so that memory stays bounded."""
 

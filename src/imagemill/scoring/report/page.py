@@ -44,6 +44,7 @@ def page(title: str, summary: Mapping[str, Any], sheets: Sequence[Sheet]) -> str
         ticks=chart.ticks(summary["scale"]),
         sub_scores=sub_scores(summary),
         figure=words.figure,
+        few_sources=words.few_sources(summary),
         statuses=words.STATUS,
         control_names=words.CONTROL,
         manifest=flat(summary["manifest"]),

@@ -9,7 +9,7 @@ from typing import Any
 from imagemill.report.figures import cut, duration, number
 from imagemill.report.markdown import one_line, table
 from imagemill.scoring.report.data import sub_scores
-from imagemill.scoring.report.words import CONTROL, STATUS, figure, score, share, span
+from imagemill.scoring.report.words import CONTROL, STATUS, few_sources, figure, score, share, span
 
 TIMING = "## Timing"
 """The heading of the last section; only what stands below it differs between an unbroken and a resumed evaluation."""
@@ -32,6 +32,7 @@ def _head(summary: Mapping[str, Any]) -> list[str]:
         f"{number(summary['scored'])} of {number(summary['items'])} items have a score: coverage "
         f"{share(summary['coverage'])}{low}. Means are over those; with all others at the scale's ends the mean would lie "
         f"between the bounds {span(overall['bounds'], scale)}.",
+        *filter(None, [few_sources(summary)]),
     ]
 
 

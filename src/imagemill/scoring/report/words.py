@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from imagemill.scoring.bootstrap import FEW
 
 UNITS = {"psnr": " dB"}
 """Of sub-scores, by the word before the first underscore: what stands behind the figure."""
@@ -26,6 +29,14 @@ def score(value: float | None, scale: Sequence[float]) -> str:
 def span(pair: Sequence[float] | None, scale: Sequence[float]) -> str:
     """`0.81 to 0.86`, or a dash."""
     return "–" if pair is None else f"{score(pair[0], scale)} to {score(pair[1], scale)}"
+
+
+def few_sources(summary: Mapping[str, Any]) -> str:
+    """What is to be said of an interval over few source pictures; empty where there is none, or they are enough."""
+    count = summary["manifest"]["benchmark"]["sources"]
+    if summary["overall"]["interval"] is None or count >= FEW:
+        return ""
+    return f"All items come from {count} source pictures; the interval over so few is narrower than it should be."
 
 
 def figure(name: str, value: float | None) -> str:
