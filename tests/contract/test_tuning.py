@@ -245,7 +245,7 @@ def test_batches_and_guidance_meet_graphs_of_the_warm_up(runner: DiffusionRunner
     assert graphs() == warm
 
 
-@pytest.mark.parametrize("guided", [(True,), (False, True)])
+@pytest.mark.parametrize("guided", [(True,), pytest.param((False, True), marks=pytest.mark.slow)], ids=["all", "some"])
 def test_the_first_task_with_guidance_meets_graphs_of_the_warm_up(
     runner: DiffusionRunner, guided: tuple[bool, ...]
 ) -> None:
@@ -262,6 +262,7 @@ def test_the_first_task_with_guidance_meets_graphs_of_the_warm_up(
         assert graphs() > warm
 
 
+@pytest.mark.slow
 def test_static_shapes_compile_each_caption_length_apart_within_the_raised_limit(runner: DiffusionRunner) -> None:
     expected = picture(runner, prompt=LONG)
     tune(runner, dynamic=False)

@@ -14,7 +14,7 @@ from command import WORKERS, kill_the_driver, until
 from workplace import Workplace, rows
 
 SEED = 20250711
-FOLDERS, KILLS = 5, 4
+FOLDERS, QUICK, KILLS = 5, 3, 4
 COUNT = 40
 
 
@@ -164,11 +164,13 @@ def test_tasks_that_kill_every_worker_hold_up_no_task_of_workers_on_a_leash(
 # --- the driver -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folder", range(FOLDERS))
+@pytest.mark.parametrize(
+    "folder", [*range(QUICK), *(pytest.param(one, marks=pytest.mark.slow) for one in range(QUICK, FOLDERS))]
+)
 def test_the_driver_killed_at_random_moments_loses_nothing(
     folder: int, place: Workplace, golden: dict[str, str]
 ) -> None:
-    """Twenty kills in all: five folders, four one after the other in each, with one and with two workers."""
+    """Twenty kills in all, twelve in the quick suite: four one after the other in a folder, with one and with two workers."""
     dice = random.Random(SEED + folder)
     crew = ("--isolate",) if folder == 0 else WORKERS
     place.tasks(rows(COUNT, delay=0.1))

@@ -619,15 +619,16 @@ def test_the_benchmark_may_be_named_after_the_categories(place: Workplace) -> No
 
 def test_the_shared_benchmark_ends_in_five_categories_named_in_chinese(place: Workplace, data: Path) -> None:
     command = ("eval", data / "edit/bench_270_b64.json", "--edit-model", "tiny-edit", "--judge", "preservation")
-    ended = place(*command, "--device", "cpu", "--workers", "2", "--limit", "10", "--steps", "2", "--out", "out")
+    ended = place(*command, "--device", "cpu", "--workers", "2", "--limit", "5", "--steps", "2", "--out", "out")
     assert ended.code == 0, ended.text
     found = report(place)
     assert {one["name"]: one["ok"] for one in found["categories"]} == dict.fromkeys(
-        ["物理", "环境", "社会", "指代", "因果"], 2
+        ["物理", "环境", "社会", "指代", "因果"], 1
     )
     assert found["timing"]["edits"]["loads"] == 2
 
 
+@pytest.mark.slow
 def test_the_embedded_models_edits_score_above_both_controls(place: Workplace, root: Path) -> None:
     command = ("eval", root / "examples/bench_tiny", "--edit-model", "tiny-edit", "--judge", "reference", "--controls")
     ended = place(*command, "--device", "cpu", "--limit", "10", "--out", "out")

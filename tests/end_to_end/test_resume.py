@@ -366,7 +366,9 @@ def assert_nothing_is_left(place: Workplace) -> None:
 
 
 @CREWS
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_the_first_signal_finishes_what_is_in_flight_and_starts_nothing_more(
     number: signal.Signals,
     code: int,

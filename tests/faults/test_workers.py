@@ -18,7 +18,7 @@ from imagemill.records import WorkerLost
 from imagemill.schedule import Scheduler
 from workplace import Workplace, rows
 
-BOTH = pytest.mark.parametrize("mode", [(), (AHEAD,)], ids=["in turn", "ahead"])
+BOTH = pytest.mark.parametrize("mode", [pytest.param((), marks=pytest.mark.slow), (AHEAD,)], ids=["in turn", "ahead"])
 STATIC = (*WORKERS, "--schedule", "static")
 LOCKSTEP = (*WORKERS, "--schedule", "lockstep")
 LOADS_AT_MOST = 3
