@@ -9,7 +9,7 @@ the real one. `--small` makes a folder of the same parts in a few MB, to try wha
 from __future__ import annotations
 
 import argparse
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,51 +93,6 @@ SMALL_Z_IMAGE = {
     "cap_feat_dim": 48,
     "axes_dims": [8, 12, 12],
 }
-
-
-def z_image_lora(path: Path, seed: int, rank: int = 32, config: dict[str, Any] | None = None) -> None:
-    """A LoRA for that transformer on every attention projection and feed-forward layer, as PEFT writes it.
-
-    `config` is the transformer's, where it is not of the full size.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    config = config or {"dim": 3840, "n_layers": 30}
-    generator = torch.Generator("cpu").manual_seed(seed)
-    tensors = {}
-    blocks = [f"layers.{number}" for number in range(config["n_layers"])]
-    for block in [*blocks, "noise_refiner.0", "context_refiner.0"]:
-        for name, inputs, outputs in _linears(config["dim"]):
-            key = f"transformer.{block}.{name}"
-            tensors[f"{key}.lora_A.weight"] = (torch.randn(rank, inputs, generator=generator) * 0.02).to(torch.bfloat16)
-            tensors[f"{key}.lora_B.weight"] = (torch.randn(outputs, rank, generator=generator) * 0.02).to(
-                torch.bfloat16
-            )
-    save_file(tensors, str(path))
-
-
-def z_image_loras(folder: Path, model: Path, count: int, rank: int = 32) -> list[Path]:
-    """So many LoRAs for the transformer of a model folder; those that are there already are kept."""
-    config = json.loads((model / "transformer" / "config.json").read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"look-{number}.safetensors" for number in range(count)]
-    for number, path in enumerate(paths):
-        if not path.exists():
-            z_image_lora(path, seed=number, rank=rank, config=config)
-    return paths
-
-
-def _linears(dim: int) -> list[tuple[str, int, int]]:
-    """Name, inputs and outputs of the linear layers of one block of a transformer of that width."""
-    hidden = int(dim / 3 * 8)
-    attention = [(f"attention.{name}", dim, dim) for name in ("to_q", "to_k", "to_v", "to_out.0")]
-    return [
-        *attention,
-        ("feed_forward.w1", dim, hidden),
-        ("feed_forward.w2", hidden, dim),
-        ("feed_forward.w3", dim, hidden),
-    ]
 
 
 # --- Qwen-Image-Edit, and the judge that is also its text encoder -----------------------------------------------------
@@ -255,6 +210,51 @@ def _fill(parameter: Any) -> None:
             parameter.normal_(0.0, min(0.05, fan_in**-0.5))
         elif not parameter.float().eq(1).all():
             parameter.zero_()
+
+
+# --- LoRAs for any of the transformers --------------------------------------------------------------------------------
+
+ADAPTED = re.compile(r"(\w+\.\d+\.\w.*)\.weight")
+"""Weights inside numbered blocks: `layers.0.attention.to_q.weight`, `transformer_blocks.7.img_mlp.net.2.weight`."""
+
+
+def lora(path: Path, model: Path, seed: int, rank: int = 32) -> None:
+    """A LoRA with random weights, as PEFT writes it, for the transformer of a pipeline folder: on every linear layer of its
+    blocks but those that modulate them. Layers and their sizes are read from the heads of the folder's files."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator("cpu").manual_seed(seed)
+    tensors = {}
+    for name, outputs, inputs in adapted(model / "transformer"):
+        for part, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
+            weight = torch.randn(*shape, generator=generator) * 0.02
+            tensors[f"transformer.{name}.{part}.weight"] = weight.to(torch.bfloat16)
+    save_file(tensors, str(path))
+
+
+def adapted(transformer: Path) -> list[tuple[str, int, int]]:
+    """Name, outputs and inputs of the layers that a LoRA is for, sorted by name."""
+    from safetensors import safe_open
+
+    found = []
+    for path in sorted(transformer.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                match, shape = ADAPTED.fullmatch(key), file.get_slice(key).get_shape()
+                if match and len(shape) == 2 and "mod" not in match[1]:
+                    found.append((match[1], *shape))
+    return sorted(found)
+
+
+def loras(folder: Path, model: Path, count: int, rank: int = 32) -> list[Path]:
+    """So many LoRAs for the transformer of a pipeline folder; those that are there already are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"look-{number}.safetensors" for number in range(count)]
+    for number, path in enumerate(paths):
+        if not path.exists():
+            lora(path, model, seed=number, rank=rank)
+    return paths
 
 
 BUILDERS = {"z-image": z_image, "qwen-image-edit": qwen_image_edit, "qwen2.5-vl-7b": qwen2_5_vl_7b}

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import engines
-import models
 import parti
 import throughput
 from engines import Failed
@@ -120,10 +119,7 @@ def tasks_of(options: argparse.Namespace, model: Path, load: str, count: int) ->
     """The task file of a load."""
     rows = parti.rows(count, options.size, options.steps)
     if load == "mixed":
-        loras = models.z_image_loras(
-            options.work / f"loras-{model.parent.name}", model, throughput.LORAS, throughput.rank_of(options)
-        )
-        rows = parti.with_loras(parti.mixed(rows, options.size), loras)
+        rows = parti.with_loras(parti.mixed(rows, options.size), throughput.loras_of(options, model))
     return parti.write(options.work / "tasks" / f"scaling-{options.size}-{options.steps}-{load}-{count}.jsonl", rows)
 
 

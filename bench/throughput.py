@@ -154,15 +154,15 @@ def task_files(options: argparse.Namespace, model: Path) -> dict[str, Path]:
         "plain": parti.write(folder / f"{stem}.jsonl", rows),
         "few": parti.write(folder / f"{stem}-few.jsonl", rows[:WARM_TASKS]),
     }
-    if "f" in options.rows and options.model == "z-image":
-        loras = models.z_image_loras(options.work / f"loras-{model.parent.name}", model, LORAS, rank_of(options))
-        found["loras"] = parti.write(folder / f"{stem}-loras.jsonl", parti.with_loras(rows, loras))
+    if "f" in options.rows:
+        found["loras"] = parti.write(folder / f"{stem}-loras.jsonl", parti.with_loras(rows, loras_of(options, model)))
     return found
 
 
-def rank_of(options: argparse.Namespace) -> int:
-    """The rank of the LoRAs."""
-    return 4 if options.small else 32
+def loras_of(options: argparse.Namespace, model: Path) -> list[Path]:
+    """The LoRAs of the model, made where they are not there."""
+    folder: Path = options.work / f"loras-{model.parent.name}-{model.name}"
+    return models.loras(folder, model, LORAS, rank=4 if options.small else 32)
 
 
 def run_row(bench: Bench, row: str, gpus: int, files: dict[str, Path]) -> Measured:
@@ -172,8 +172,6 @@ def run_row(bench: Bench, row: str, gpus: int, files: dict[str, Path]) -> Measur
         place = bench.place(row, row, gpus)
         how = {"compiled": row == "b", "split": row == "c", "backend": options.backend}
         return engines.loop(bench.model, [(files["plain"], count)], place, **how)
-    if row == "f" and "loras" not in files:
-        raise Unavailable("not available: there are random LoRAs for z-image only")
     if row == "e" and options.device == "cpu":
         raise Unavailable("not available: fp8 needs a GPU")
     if row == "e" and find_spec("torchao") is None:
@@ -182,10 +180,9 @@ def run_row(bench: Bench, row: str, gpus: int, files: dict[str, Path]) -> Measur
     place = bench.place(row, precision, gpus)
     extra = engines.options_for(compiled=not options.eager, precision=precision, traced=not options.no_trace)
     extra += options.imagemill.split()
-    tasks, count = {"f": (files.get("loras"), count), "w": (files["few"], min(WARM_TASKS, count))}.get(
-        row, (files["plain"], count)
-    )
-    assert tasks is not None
+    if row == "w":
+        count = min(WARM_TASKS, count)
+    tasks = files[{"f": "loras", "w": "few"}.get(row, "plain")]
     found = engines.imagemill(str(bench.model), tasks, count, place, extra)
     found.details["arguments"] = extra
     return found

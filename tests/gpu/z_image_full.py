@@ -134,7 +134,7 @@ def main() -> None:
         # In a process of its own, so that this one holds no GPU memory.
         subprocess.run([sys.executable, str(ROOT / "bench" / "models.py"), "z-image", str(folder)], check=True)
     for number in (1, 2):
-        models.z_image_lora(base / f"look-{number}.safetensors", seed=number)
+        models.lora(base / f"look-{number}.safetensors", folder, seed=number)
     print(f"    model and LoRAs written in {time.monotonic() - begun:.0f} s", flush=True)
     source = base / "tasks.jsonl"
     prompts = [f"picture {number} of a harbour with boats, fog and a lighthouse" for number in range(16)]

@@ -171,6 +171,30 @@ def test_mixed_tasks_have_sizes_that_the_models_take() -> None:
     assert sizes == {(1024, 1024), (768, 1024), (512, 1024), (1024, 768)}
 
 
+def test_loras_are_for_the_layers_of_blocks_and_not_for_what_modulates_them(torch: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (tmp_path / "transformer").mkdir()
+    shapes = {
+        "layers.0.attention.to_q": (6, 4),
+        "layers.10.feed_forward.w1": (9, 4),
+        "layers.0.adaLN_modulation.0": (8, 4),
+        "layers.0.attention.norm_q": (4,),
+        "cap_embedder.1": (4, 4),
+        "t_embedder.mlp.0": (4, 4),
+    }
+    weights = {f"{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
+    save_file(weights | {"layers.0.attention.to_q.bias": torch.zeros(6)}, tmp_path / "transformer" / "w.safetensors")
+    first, second = (load_file(path) for path in models.loras(tmp_path / "loras", tmp_path, 2, rank=2))
+    assert {name: tuple(matrix.shape) for name, matrix in first.items()} == {
+        "transformer.layers.0.attention.to_q.lora_A.weight": (2, 4),
+        "transformer.layers.0.attention.to_q.lora_B.weight": (6, 2),
+        "transformer.layers.10.feed_forward.w1.lora_A.weight": (2, 4),
+        "transformer.layers.10.feed_forward.w1.lora_B.weight": (9, 2),
+    }
+    assert all((matrix != second[name]).any() for name, matrix in first.items())
+
+
 def test_fp8_without_torchao_is_not_available(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(throughput, "find_spec", lambda name: None)
     bench = throughput.Bench(SimpleNamespace(tasks=1, device="cuda"), tmp_path, {}, 0.0)
@@ -340,8 +364,9 @@ def bench(tmp_path: Path, *arguments: str, seconds: float = 600) -> list[dict[st
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_row_runs_with_a_tiny_model(tmp_path: Path) -> None:
-    found = bench(tmp_path, "--rows", "a,b,c,d,e,f,w", "--size", "64", "--tasks", "3")
+@pytest.mark.parametrize(("model", "size"), [("z-image", "64"), ("qwen-image-edit", "128")])
+def test_every_row_runs_with_a_tiny_model(model: str, size: str, tmp_path: Path) -> None:
+    found = bench(tmp_path, "--rows", "a,b,c,d,e,f,w", "--model", model, "--size", size, "--tasks", "3")
     assert [one["row"] for one in found] == list("abcdefw")
     assert not [one["note"] for one in found if "failed" in one["note"]]
     for one in found:
